@@ -1,0 +1,30 @@
+# Every target sets up .venv in this folder by itself; nothing else is needed than make and Python 3.11+.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/.installed
+	$(BIN)/glm-jax run configs/demo.py
+
+test: lint
+	$(BIN)/pytest
+
+# the last -m wins: the empty one selects the tests marked slow too
+test-all: lint
+	$(BIN)/pytest -m ""
+
+lint: .venv/.installed
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+# installed again only when the dependencies change
+.venv/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "glm-jax needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

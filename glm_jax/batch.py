@@ -1,0 +1,35 @@
+"""The three kinds of batch that travel from the input pipelines to the jitted programs.
+
+All are NamedTuples, hence pytrees: NumPy arrays on the host, `jax.Array` on the mesh.
+B batch, T tokens, P prompt tokens.
+"""
+
+from typing import Any, NamedTuple
+
+Array = Any  # np.ndarray on the host, jax.Array on the mesh
+
+
+class Sequences(NamedTuple):
+    """Padded token sequences; padding may stand on either side.
+
+    `target[b, t]` says that `ids[b, t]` counts as a prediction target (predicted at t - 1).
+    """
+
+    ids: Array  # int32 [B, T]
+    valid: Array  # bool  [B, T], False at padding
+    target: Array  # bool  [B, T], implies valid
+
+
+class Pairs(NamedTuple):
+    """Two answers to the same prompt; `target` marks the answer's tokens."""
+
+    chosen: Sequences
+    rejected: Sequences
+
+
+class Prompts(NamedTuple):
+    """Left-padded prompts, so that all answers start in the same column."""
+
+    ids: Array  # int32 [B, P]
+    valid: Array  # bool  [B, P]
+    row: Array  # int32 [B], row number of the prompt in its split

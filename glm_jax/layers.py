@@ -1,0 +1,98 @@
+"""Pure functions on arrays: norm, rotary embedding, attention, gated MLP.
+
+One alphabet: B batch, T query positions, S key positions, D width, N heads, K kv groups, G = N / K, H head
+width, F ffn width, R = H / 4 rotary frequencies.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sharding.layout import Layout
+
+MASKED = (
+    -1e30
+)  # finite, so that a row with nothing to attend to stays finite; such rows are padding
+
+
+def rms_norm(
+    x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
+    """x / sqrt(mean(x^2) + eps) * scale, in float32 and only then cast (Zhang & Sennrich 2019; ChatGLM2's order)."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (normed * scale).astype(x.dtype)
+
+
+def rotary_angles(
+    positions: Int[Array, "B T"], head_dim: int, rope_ratio: float
+) -> Float[Array, "B T R"]:
+    """Angles in radians of ChatGLM's half rotary: position / base^(2j / (H/2)), base = 10,000 * rope_ratio."""
+    rotated = head_dim // 2
+    exponents = jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated
+    frequencies = 1.0 / (10_000.0 * rope_ratio) ** exponents
+    return positions.astype(jnp.float32)[..., None] * frequencies
+
+
+def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T R"]) -> Float[Array, "B T N H"]:
+    """Rotate the interleaved pairs (2j, 2j + 1) of the first half of every head; the second half passes."""
+    half = x.shape[-1] // 2
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    even = x[..., 0:half:2].astype(jnp.float32)
+    odd = x[..., 1:half:2].astype(jnp.float32)
+    pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    rotated = pairs.reshape(*x.shape[:-1], half).astype(x.dtype)
+    return jnp.concatenate([rotated, x[..., half:]], axis=-1)
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask_BTS: Bool[Array, "B T S"],
+    layout: Layout,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention: head n reads kv group n // G (Ainslie et al. 2023). Softmax in float32.
+
+    mask: True where query t may see key s. A row that sees nothing returns the mean of the values.
+    """
+    num_heads, head_dim = q_BTNH.shape[-2:]
+    num_groups = k_BSKH.shape[2]
+    if num_groups % layout.ways(
+        "kv_heads"
+    ):  # fewer groups than shards: every head gets its own copy
+        index = jnp.arange(num_heads) // (num_heads // num_groups)
+        spread = layout.spec("batch", None, "heads", None)
+        k_BSKH = k_BSKH.at[:, :, index].get(out_sharding=spread)
+        v_BSKH = v_BSKH.at[:, :, index].get(out_sharding=spread)
+        num_groups = num_heads
+    spec = layout.spec("batch", "time", "heads", None, "head_dim")
+    q_BTKGH = jnp.reshape(
+        q_BTNH,
+        (*q_BTNH.shape[:2], num_groups, num_heads // num_groups, head_dim),
+        out_sharding=spec,
+    )
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).astype(jnp.float32) / head_dim**0.5
+    scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
+    weights_BKGTS = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+    return jnp.reshape(
+        out, q_BTNH.shape, out_sharding=layout.spec("batch", "time", "heads", "head_dim")
+    )
+
+
+def gated_mlp(
+    x: Float[Array, "B T D"],
+    w_gate: Float[Array, "D F"],
+    w_up: Float[Array, "D F"],
+    w_down: Float[Array, "F D"],
+    layout: Layout,
+) -> Float[Array, "B T D"]:
+    """SwiGLU: (silu(x W_gate) * (x W_up)) W_down (Shazeer 2020)."""
+    inner = layout.spec("batch", "time", "ffn")
+    gate = jnp.einsum("BTD,DF->BTF", x, w_gate, out_sharding=inner)
+    up = jnp.einsum("BTD,DF->BTF", x, w_up, out_sharding=inner)
+    hidden = jax.nn.silu(gate) * up
+    return jnp.einsum(
+        "BTF,FD->BTD", hidden, w_down, out_sharding=layout.spec("batch", "time", "embed")
+    )

@@ -1,0 +1,46 @@
+"""Token log-probabilities and the losses made of them. Nats throughout.
+
+Arrays are aligned to the token they speak of: `logp[b, t]` is the log-probability of `ids[b, t]` given the tokens
+before it, so a target mask selects without shifting. Column 0 has no past and holds 0.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def aligned(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """Move what was computed at the position *before* a token (its logits, its value) onto the token."""
+    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+
+
+def token_logprobs(
+    logits: Float[Array, "B T V"], ids: Int[Array, "B T"], temperature: float = 1.0
+) -> Float[Array, "B T"]:
+    """log softmax(logits / temperature) of the tokens that stand there, aligned to them.
+
+    Written as a masked sum, not a gather, so that logits split over the vocabulary stay where they are.
+    """
+    scaled = logits[:, :-1] / temperature
+    hit = ids[:, 1:, None] == jnp.arange(logits.shape[-1])
+    chosen = jnp.sum(jnp.where(hit, scaled, 0.0), axis=-1)
+    return jnp.pad(chosen - jax.nn.logsumexp(scaled, axis=-1), ((0, 0), (1, 0)))
+
+
+def token_kl(
+    logits: Float[Array, "B T V"], ref_logits: Float[Array, "B T V"], temperature: float = 1.0
+) -> Float[Array, "B T"]:
+    """KL(policy || reference) over the whole vocabulary at every token's position, aligned to the token; >= 0."""
+    logp = jax.nn.log_softmax(logits / temperature, axis=-1)
+    ref_logp = jax.nn.log_softmax(ref_logits / temperature, axis=-1)
+    return aligned(jnp.sum(jnp.exp(logp) * (logp - ref_logp), axis=-1))
+
+
+def masked_mean(values: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
+    """Mean over the whole (global) batch of the entries that count; 0 where none does."""
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def cross_entropy(logp: Float[Array, "B T"], target: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Negative log-likelihood in nats per target token."""
+    return -masked_mean(logp, target)

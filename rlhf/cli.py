@@ -1,0 +1,165 @@
+"""The `glm-jax` command."""
+
+import dataclasses
+import json
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sharding.errors import UserError
+
+DESCRIPTION = "Train the ChatGLM family with human feedback on a mesh of TPUs or GPUs, in JAX."
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run `glm-jax` with `args` (None: those of the process) and return its exit status.
+
+    0 done; 1 a UserError, told in one line; 2 a misspelt command line (by tyro, as SystemExit); 130 interrupted.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    # the fields of a recipe are known only once its file is read: what follows the file is parsed then
+    has_recipe = len(args) > 1 and args[0] == "run" and not args[1].startswith("-")
+    command, options = (args[:2], args[2:]) if has_recipe else (args, [])
+    try:
+        job = _commands(options).cli(prog="glm-jax", description=DESCRIPTION, args=command)
+        job()
+    except UserError as error:
+        if "--debug" in args:
+            traceback.print_exc()
+        print("glm-jax: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("glm-jax: interrupted; what was written so far is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _commands(options: list[str]) -> tyro.extras.SubcommandApp:
+    """The subcommands; each returns the job to do. Their docstrings are what --help prints."""
+    app = tyro.extras.SubcommandApp()
+
+    @app.command
+    def run(recipe: tyro.conf.Positional[Path]) -> Callable[[], None]:
+        """Run a recipe: every stage from data to report.
+
+        Options after the recipe override its fields: glm-jax run configs/demo.py --seed 1 --layout dp.
+        All of them are listed by: glm-jax run configs/demo.py --help
+
+        Args:
+            recipe: A Python file that ends in `config = Recipe(...)`, such as configs/demo.py.
+        """
+        return partial(run_recipe, recipe, options)
+
+    return app
+
+
+def run_recipe(path: Path, options: Sequence[str]) -> None:
+    """Run the recipe in the file `path` with its fields overridden by `options`.
+
+    Everything the run leaves behind is in `output_dir`. Raises UserError.
+    """
+    # here and not above: JAX and matplotlib are slow to import, and --help has no use for them
+    from rich.console import Console
+
+    from rlhf.recipe import Recipe
+    from rlhf.report import samples_table, summary_table, write_report
+    from rlhf.run import run
+    from rlhf.runlog import RunLog, fresh_directory, write_json
+
+    config, description = load_recipe(path)
+    if not isinstance(config, Recipe):
+        raise UserError(
+            f"{path}: config is a {type(config).__name__}: make it a rlhf.recipe.Recipe"
+        )
+    recipe: Recipe = override(config, options, prog=f"glm-jax run {path}", description=description)
+    use_devices(recipe.devices)
+    directory, console = recipe.output_dir, Console()
+    tell = partial(console.print, soft_wrap=True, highlight=False, markup=False)
+    fresh_directory(directory, tell)
+    write_json(directory / "recipe.json", dataclasses.asdict(recipe))
+    with RunLog(directory, console) as log:
+        summary = run(recipe, log)
+    report = write_report(directory)
+    console.print(summary_table(summary))
+    samples = directory / "samples.json"
+    if samples.exists():
+        console.print(samples_table(json.loads(samples.read_text(encoding="utf-8"))))
+    tell(f"report: {report}")
+
+
+def load_recipe(path: Path) -> tuple[Any, str]:
+    """The `config` of a recipe file, and the file's docstring. Raises UserError where there is none."""
+    if not path.is_file():
+        raise UserError(f"recipe {path}: no such file")
+    try:
+        names = runpy.run_path(str(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        line = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(path)
+        ]
+        where = f"{path}:{line[-1]}" if line else str(path)
+        raise UserError(f"{where}: {type(error).__name__}: {error} (--debug shows more)") from error
+    if "config" not in names:
+        raise UserError(f"{path}: no `config`: a recipe ends in `config = Recipe(...)`")
+    return names["config"], names["__doc__"] or ""
+
+
+def override(config: Any, options: Sequence[str], prog: str, description: str) -> Any:
+    """`config`, a dataclass, with the fields that `options` name (`--ppo.kl-weight 0.1`) replaced.
+
+    Prints the help of every field and exits with 0 on --help; a field that does not exist exits with 2 and
+    names the nearest ones.
+    """
+    debug = tyro.conf.arg(help="Show the traceback of an error.")
+    parser = dataclasses.make_dataclass(
+        "Options",
+        [
+            ("config", Annotated[type(config), tyro.conf.arg(name="")]),
+            ("debug", tyro.conf.FlagCreatePairsOff[Annotated[bool, debug]]),
+        ],
+    )
+    parsed: Any = tyro.cli(
+        parser,
+        default=parser(config=config, debug=False),
+        prog=prog,
+        description=description,
+        args=list(options),
+        # a field that may hold one of several dataclasses keeps the one that the recipe chose
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return parsed.config
+
+
+def use_devices(count: int | None) -> None:
+    """Simulate `count` devices where JAX runs on CPU; None leaves what the platform has.
+
+    Raises UserError where `count` is not positive, or where JAX has already counted its devices.
+    """
+    if count is None:
+        return
+    if count < 1:
+        raise UserError(f"--devices {count}: give a positive number")
+    import jax
+
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        raise UserError(
+            f"--devices {count}: the recipe used JAX while it was read; it must not"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

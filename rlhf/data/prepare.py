@@ -1,0 +1,64 @@
+"""From a configured source to random-access records on disk, once."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from rlhf.data.jsonl.builder import Jsonl
+from rlhf.data.jsonl.jsonl import JsonlData
+from rlhf.data.records import Split, Splits
+from rlhf.data.reviews.builder import Reviews
+from rlhf.data.reviews.reviews import ReviewsData
+from rlhf.data.storage import RECORD_TYPES, RecordsBuilder, StoredRecords
+from sharding.errors import UserError
+
+
+def prepare(data: ReviewsData | JsonlData, directory: Path) -> Splits:
+    """Build the six splits of `data` under `directory`, unless they are there, and open them.
+
+    The folder's name is a digest of the configuration and of what the files say: another seed or
+    an edited file gives another folder, and what is there is never stale. A table appears whole or
+    not at all.
+
+    Raises:
+        UserError: a file is missing or says what it should not; a split would be empty.
+    """
+    builder = Reviews if isinstance(data, ReviewsData) else Jsonl
+    root = directory / fingerprint(data, builder)
+    splits = functools.cache(data.splits)
+    return Splits(**{name: _open(builder, name, root, splits) for name in RECORD_TYPES})
+
+
+def fingerprint(data: ReviewsData | JsonlData, builder: type[RecordsBuilder]) -> str:
+    """Twelve hexadecimal digits that name the data set."""
+    paths = data.paths()
+    fields = {name: value for name, value in dataclasses.asdict(data).items() if name not in paths}
+    digest = hashlib.sha256(
+        f"{builder.__name__} {builder.VERSION} {sorted(fields.items())}".encode()
+    )
+    for name, path in paths.items():
+        try:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        digest.update(f"{name} {content}".encode())
+    return digest.hexdigest()[:12]
+
+
+def _open(
+    builder: type[RecordsBuilder], name: str, root: Path, splits: Callable[[], Splits]
+) -> Split:
+    """One table, built first if need be, without the bars and lines that TFDS shows."""
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        table = builder(splits=splits, config=name, data_dir=root)
+        table.download_and_prepare()
+    return Split(
+        *(StoredRecords(table.as_data_source(side), RECORD_TYPES[name]) for side in Split._fields)
+    )

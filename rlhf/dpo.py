@@ -1,0 +1,160 @@
+"""Direct preference optimisation on the policy's own answers, labelled by the reward model (arXiv 2404.00934)."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from glm_jax.batch import Pairs, Prompts, Sequences
+from glm_jax.generate import Generation, SamplingConfig
+from glm_jax.loss import token_logprobs
+from glm_jax.model import CausalLM, apply_model
+from glm_jax.optim import OptimConfig, make_optimizer
+from glm_jax.train import Metrics, Report, init_state, language_loss, make_update, num_tokens, train
+from rlhf.heads import ScalarModel, sequence_scores
+from rlhf.reward import interleave
+from rlhf.rollout import Sampler, with_stop
+from sharding.errors import UserError
+from sharding.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """Settings of DPO; no number of it is in the paper."""
+
+    prompts: int = 1024  # training prompts that answers are drawn for
+    samples: int = 4  # answers a prompt, of which the best and the worst make a pair
+    steps: int = 200
+    batch_size: int = 64  # pairs an update
+    beta: float = 0.1
+    sft_batch_size: int = 64  # SFT sequences mixed into an update
+    sft_weight: float = 0.05  # of the SFT loss mixed in (nats/token)
+    sampling: SamplingConfig = SamplingConfig()
+    optim: OptimConfig = OptimConfig(learning_rate=1e-6)
+
+
+class LabelledPairs(NamedTuple):
+    """Pairs with the reference model's log-probability of each whole answer."""
+
+    pairs: Pairs
+    ref_logp: Any  # np.ndarray or jax.Array, float32 [B, 2], chosen and rejected
+
+
+def dpo_loss(
+    logp: Float[Array, "B 2"], ref_logp: Float[Array, "B 2"], beta: float
+) -> tuple[jax.Array, Metrics]:
+    """-log sigmoid(beta [(log pi - log pi_0)(y_w) - (log pi - log pi_0)(y_l)]) (Rafailov et al. 2023, eq. 7).
+
+    Arguments are log-probabilities in nats of whole answers, column 0 chosen, column 1 rejected.
+    """
+    implied = beta * (logp - ref_logp)
+    margin = implied[:, 0] - implied[:, 1]
+    metrics = {
+        "accuracy": jnp.mean(margin > 0, dtype=jnp.float32),
+        "margin": jnp.mean(margin),
+        "chosen_logratio": jnp.mean(logp[:, 0] - ref_logp[:, 0]),
+    }
+    return -jnp.mean(jax.nn.log_sigmoid(margin)), metrics
+
+
+def answer_logprobs(model: CausalLM, sequences: Sequences, layout: Layout) -> Float[Array, " B"]:
+    """log pi(y | x) in nats of whole answers."""
+    logits = apply_model(model, sequences.ids, sequences.valid, layout)
+    logp = token_logprobs(logits, sequences.ids)
+    return jnp.sum(jnp.where(sequences.target, logp, 0.0), axis=1)
+
+
+def pair_loss(
+    model: CausalLM, batch: tuple[LabelledPairs, Sequences], config: DPOConfig, layout: Layout
+) -> tuple[jax.Array, Metrics]:
+    """L_DPO - beta_sft * mean log pi over SFT tokens (arXiv 2404.00934, section 3.2.3)."""
+    labelled, sft_batch = batch
+    logp = answer_logprobs(model, interleave(labelled.pairs), layout)
+    logp = jnp.reshape(logp, (-1, 2), out_sharding=layout.spec("batch", None))
+    loss, metrics = dpo_loss(logp, labelled.ref_logp, config.beta)
+    sft_loss, _ = language_loss(model, sft_batch, layout)
+    return loss + config.sft_weight * sft_loss, {"dpo_loss": loss, "sft_loss": sft_loss, **metrics}
+
+
+def best_and_worst(answers: list[Sequences], scores: np.ndarray, logp: np.ndarray) -> LabelledPairs:
+    """Of K answers to each of B prompts the best-scored as chosen and the worst as rejected; host arrays.
+
+    `scores` and the reference log-probabilities `logp` are [K, B]. Rows whose scores are all equal say nothing and
+    are dropped.
+    """
+    fields = [np.stack([getattr(a, field) for a in answers]) for field in Sequences._fields]
+    rows = np.flatnonzero(scores.max(axis=0) > scores.min(axis=0))
+    best, worst = scores.argmax(axis=0)[rows], scores.argmin(axis=0)[rows]
+    chosen, rejected = (Sequences(*(x[k, rows] for x in fields)) for k in (best, worst))
+    return LabelledPairs(
+        Pairs(chosen, rejected), np.stack([logp[best, rows], logp[worst, rows]], axis=1)
+    )
+
+
+def sample_pairs(
+    policy: CausalLM,
+    reward: ScalarModel,
+    config: DPOConfig,
+    prompts: Iterable[Prompts],
+    sample: Sampler,
+    stop_id: int,
+    key: jax.Array,
+    layout: Layout,
+    report: Report,
+) -> LabelledPairs:
+    """Draw `config.samples` answers to every prompt and pair the best with the worst; arrays on the host.
+
+    `policy` is the model that DPO starts from, hence also its reference. Raises UserError if no pair is left.
+    """
+
+    @jax.jit
+    def label(
+        policy: CausalLM, reward: ScalarModel, answers: Generation
+    ) -> tuple[jax.Array, jax.Array]:
+        sequences = answers.sequences
+        score = sequence_scores(reward, with_stop(sequences, answers.ended, stop_id), layout)
+        return score, answer_logprobs(policy, sequences, layout)
+
+    collected: list[LabelledPairs] = []
+    for number, batch in enumerate(prompts):
+        on_mesh = layout.put(batch)
+        keys = jax.random.split(jax.random.fold_in(key, number), config.samples)
+        drawn = [sample(policy, on_mesh, k) for k in keys]
+        labels = jax.device_get([label(policy, reward, answers) for answers in drawn])
+        scores, logp = (np.stack(x) for x in zip(*labels, strict=True))
+        scores = np.where(
+            np.any(batch.valid, axis=1), scores, 0.0
+        )  # rows that fill the batch drop out
+        answers = jax.device_get([answers.sequences for answers in drawn])
+        collected.append(best_and_worst(answers, scores, logp))
+        spread = float(np.mean(scores.max(axis=0) - scores.min(axis=0)))
+        report(number + 1, {"score": float(np.mean(scores)), "spread": spread}, num_tokens(answers))
+    pairs: LabelledPairs = jax.tree.map(lambda *x: np.concatenate(x), *collected)
+    if not len(pairs.ref_logp):
+        raise UserError(
+            "dpo: every prompt's answers score alike, no pair is left: raise dpo.samples or temperature"
+        )
+    return pairs
+
+
+def train_dpo(
+    model: CausalLM,
+    config: DPOConfig,
+    pairs: Iterator[LabelledPairs],
+    sft_batches: Iterator[Sequences],
+    layout: Layout,
+    report: Report,
+) -> CausalLM:
+    """A copy of `model` after `config.steps` updates. Raises UserError on a batch that does not divide."""
+    layout.check_batch(config.batch_size, "dpo.batch_size")
+    optimizer = make_optimizer(config.optim, config.steps)
+    update = make_update(partial(pair_loss, config=config, layout=layout), optimizer)
+    state = init_state(model, optimizer)
+    return train(
+        state, update, zip(pairs, sft_batches, strict=False), config.steps, layout, report
+    ).model

@@ -1,0 +1,35 @@
+"""A recipe: every setting of a run in one frozen dataclass."""
+
+import dataclasses
+from pathlib import Path
+
+from glm_jax.config import GLMConfig
+from rlhf.data.jsonl.jsonl import JsonlData
+from rlhf.data.reviews.reviews import ReviewsData
+from rlhf.dpo import DPOConfig
+from rlhf.evaluate import EvaluateConfig
+from rlhf.ppo import PPOConfig
+from rlhf.reward import RewardConfig
+from rlhf.sft import SFTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """SFT -> reward model -> PPO and DPO -> evaluation -> export, on one mesh."""
+
+    seed: int = 0  # of everything random: data, weights, sampling
+    output_dir: Path = Path("runs/default")
+    layout: str = "single"  # an entry of sharding.layout.LAYOUTS
+    devices: int | None = None  # None: all there are; on a CPU, how many to simulate
+    data: ReviewsData | JsonlData = ReviewsData()
+    pretrained: Path | None = (
+        None  # Hugging Face ChatGLM3 directory to start from; None: random weights
+    )
+    model: GLMConfig = GLMConfig(4096, 128, 4, 4, 2, 32, 352)  # shape without `pretrained`
+    length: int = 64  # tokens of a training sequence, prompt and answer
+    prompt_length: int = 16  # tokens of a prompt, chat format included
+    sft: SFTConfig = SFTConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PPOConfig = PPOConfig()
+    dpo: DPOConfig = DPOConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()

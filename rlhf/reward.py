@@ -1,0 +1,111 @@
+"""The reward model of ChatGLM-RLHF: pairwise loss and a prior on the scores."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from glm_jax.batch import Pairs, Sequences
+from glm_jax.optim import OptimConfig, make_optimizer
+from glm_jax.train import Metrics, Report, init_state, make_update, train
+from rlhf.heads import ScalarModel, sequence_scores
+from sharding.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """Training of the reward model."""
+
+    steps: int = 400
+    batch_size: int = 64  # pairs an update
+    l2_weight: float = 0.001  # of the score prior; not in the paper (its later code has 0.001)
+    optim: OptimConfig = OptimConfig(learning_rate=5e-6)
+
+
+def interleave(pairs: Pairs) -> Sequences:
+    """Pairs of B rows as Sequences of 2B rows, chosen and rejected in turn; rows stay on their device."""
+
+    def merge(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+        spec = jax.typeof(chosen).sharding.spec
+        both = jnp.stack([chosen, rejected], axis=1)
+        return jnp.reshape(both, (-1, chosen.shape[-1]), out_sharding=spec)
+
+    return jax.tree.map(merge, pairs.chosen, pairs.rejected)
+
+
+def pair_scores(
+    model: ScalarModel, pairs: Pairs, layout: Layout
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Scores of the chosen and of the rejected answers."""
+    scores = sequence_scores(model, interleave(pairs), layout)
+    both = jnp.reshape(scores, (-1, 2), out_sharding=layout.spec("batch", None))
+    return both[:, 0], both[:, 1]
+
+
+def reward_loss(
+    model: ScalarModel, pairs: Pairs, layout: Layout, l2_weight: float
+) -> tuple[jax.Array, Metrics]:
+    """L_RM + l2_weight * L_REG, mean over pairs.
+
+    L_RM = -log sigmoid(r_w - r_l) (arXiv 2404.00934, eq. 1); L_REG = r_w^2 + r_l^2, a zero-mean Gaussian prior on
+    scores (ibid., section 3.1.3), because eq. 1 fixes no scale and no origin.
+    """
+    chosen, rejected = pair_scores(model, pairs, layout)
+    ranking = -jax.nn.log_sigmoid(chosen - rejected)
+    prior = chosen**2 + rejected**2
+    scores = jnp.stack([chosen, rejected], axis=1)
+    metrics = {
+        "accuracy": jnp.mean(chosen > rejected, dtype=jnp.float32),
+        "margin": jnp.mean(chosen - rejected),
+        "score_mean": jnp.mean(scores),
+        "score_std": jnp.std(scores),
+    }
+    return jnp.mean(ranking + l2_weight * prior), metrics
+
+
+def train_reward(
+    model: ScalarModel,
+    config: RewardConfig,
+    batches: Iterator[Pairs],
+    layout: Layout,
+    report: Report,
+) -> ScalarModel:
+    """A copy of `model` after `config.steps` updates. Raises UserError on a batch that does not divide."""
+    layout.check_batch(config.batch_size, "reward.batch_size")
+    optimizer = make_optimizer(config.optim, config.steps)
+    loss = partial(reward_loss, layout=layout, l2_weight=config.l2_weight)
+    update = make_update(loss, optimizer)
+    state = init_state(model, optimizer)
+    return train(state, update, batches, config.steps, layout, report).model
+
+
+def evaluate_reward(
+    model: ScalarModel, batches: Iterable[Pairs], layout: Layout
+) -> dict[str, float | int]:
+    """Accuracy over all pairs with its standard error, and that of a scorer that only sees length.
+
+    Rows without a valid token fill the last batch and do not count. Equal scores count one half.
+    """
+    score = jax.jit(partial(pair_scores, layout=layout))
+    margins, length_gaps = [], []
+    for pairs in batches:
+        real = np.any(pairs.chosen.valid, axis=1)
+        chosen, rejected = jax.device_get(score(model, layout.put(pairs)))
+        margins.append((chosen - rejected)[real])
+        gap = np.sum(pairs.chosen.target, axis=1) - np.sum(pairs.rejected.target, axis=1)
+        length_gaps.append(gap[real])
+    accuracy, length_only = (
+        float(np.mean((np.sign(np.concatenate(x)) + 1) / 2)) for x in (margins, length_gaps)
+    )
+    num_pairs = sum(map(len, margins))
+    return {
+        "accuracy": accuracy,
+        "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / num_pairs),
+        "length_only_accuracy": length_only,
+        "num_pairs": num_pairs,
+    }

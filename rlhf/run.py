@@ -1,0 +1,315 @@
+"""The run of a recipe, from data to the exported policy."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from glm_jax.batch import Pairs, Prompts, Sequences
+from glm_jax.config import GLMConfig
+from glm_jax.hf import load_model, save_model
+from glm_jax.model import CausalLM, init_model
+from glm_jax.tokenizer import ChatGLM3Tokenizer
+from rlhf.data.batches import in_order, pair_rows, prompt_rows, sft_rows, shuffled
+from rlhf.data.prepare import prepare
+from rlhf.data.records import Splits, prompt_text
+from rlhf.dpo import sample_pairs, train_dpo
+from rlhf.evaluate import Answers, answer, heldout_nll, load_judge, win_tie_lose
+from rlhf.heads import ScalarModel, scalar_model
+from rlhf.ppo import Models, reference_scores, train_ppo
+from rlhf.recipe import Recipe
+from rlhf.reward import evaluate_reward, train_reward
+from rlhf.rollout import check_lengths, make_sampler
+from rlhf.runlog import RunLog, write_json
+from rlhf.sft import train_sft
+from sharding import checkpoint
+from sharding.layout import Layout, get_layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The six splits as token arrays on the host, and the texts of the held-out prompts."""
+
+    sft: Sequences
+    heldout_sft: Sequences
+    pairs: Pairs
+    heldout_pairs: Pairs
+    prompts: Prompts
+    heldout_prompts: Prompts
+    heldout_texts: list[str]
+
+
+def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
+    """Run a recipe; returns what it writes to `summary.json`. Raises UserError for whatever the user can mend."""
+    devices = len(jax.devices()) if recipe.devices is None else recipe.devices
+    layout = get_layout(recipe.layout, devices)
+    with jax.set_mesh(layout.mesh()):
+        return _Run(recipe, layout, log).run()
+
+
+class _Run:
+    """The stages of one run, in order; each leaves its checkpoint behind before the next begins."""
+
+    def __init__(self, recipe: Recipe, layout: Layout, log: RunLog) -> None:
+        self.recipe = recipe
+        self.layout = layout
+        self.log = log
+        self.directory = recipe.output_dir
+        self.judge = load_judge(recipe.evaluate.judge)
+        self.check()
+
+    def check(self) -> None:
+        """Raise UserError, before any work is done, for what cannot run."""
+        recipe, layout = self.recipe, self.layout
+        if recipe.pretrained is None:
+            recipe.model.check(layout)
+        layout.check_batch(recipe.sft.batch_size, "sft.batch_size")
+        layout.check_batch(recipe.reward.batch_size, "reward.batch_size")
+        layout.check_batch(recipe.dpo.batch_size, "dpo.batch_size")
+        layout.for_generation().check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
+        recipe.ppo.check(layout)
+
+    def key(self, purpose: str) -> jax.Array:
+        """A random stream of its own for each purpose."""
+        return jax.random.fold_in(jax.random.key(self.recipe.seed), zlib.crc32(purpose.encode()))
+
+    def run(self) -> dict[str, Any]:
+        recipe, log = self.recipe, self.log
+        with log.stage("data"):
+            splits = prepare(recipe.data, self.directory / "data")
+            self.tokenizer = self.load_tokenizer(splits)
+            self.data = tokenized(splits, self.tokenizer, recipe)
+        self.note_left_out(splits)
+        with log.stage("model"):
+            model = self.load_model()
+            check_lengths(
+                model.trunk.config, recipe.prompt_length, recipe.length - recipe.prompt_length
+            )
+        self.samplers = self.make_samplers(model.trunk.config)
+        sft = self.train_sft(model)
+        reward, reward_summary = self.train_reward(sft)
+        ppo, ppo_summary = self.train_ppo(sft, reward)
+        dpo = self.train_dpo(sft, reward)
+        with log.stage("export"):
+            save_model(ppo, self.directory / "hf", self.tokenizer.save)
+        policies, samples = self.evaluate({"sft": sft, "ppo": ppo, "dpo": dpo})
+        policies["ppo"] |= ppo_summary
+        summary = {
+            "seed": recipe.seed,
+            "layout": recipe.layout,
+            "devices": self.layout.num_devices,
+            "mesh": self.layout.sizes,
+            "parameters": sum(x.size for x in jax.tree.leaves(sft)),
+            "reward_model": reward_summary,
+            **policies,
+            "wall_s": log.wall_s,
+            "tokens_per_s": log.tokens_per_s,
+        }
+        write_json(self.directory / "samples.json", samples)
+        write_json(self.directory / "summary.json", summary)
+        return summary
+
+    def note_left_out(self, splits: Splits) -> None:
+        """Say how many training examples were too long."""
+        for name, kept, records in (
+            ("SFT examples", self.data.sft.ids, splits.sft.train),
+            ("pairs", self.data.pairs.chosen.ids, splits.preferences.train),
+        ):
+            if len(kept) < len(records):
+                self.log.note(
+                    f"data: {len(records) - len(kept)} of {len(records)} {name} are longer than "
+                    f"length = {self.recipe.length} tokens and are left out"
+                )
+
+    def load_tokenizer(self, splits: Splits) -> ChatGLM3Tokenizer:
+        """The pretrained model's tokenizer, or one trained on the training split."""
+        if self.recipe.pretrained is not None:
+            return ChatGLM3Tokenizer.load(self.recipe.pretrained)
+        texts = (prompt_text(record.prompt) + record.response for record in splits.sft.train)
+        return ChatGLM3Tokenizer.train(texts, self.recipe.model.vocab_size)
+
+    def load_model(self) -> CausalLM:
+        """The pretrained model, or random weights."""
+        recipe, layout = self.recipe, self.layout
+        if recipe.pretrained is not None:
+            return load_model(recipe.pretrained, layout, recipe.model.compute_dtype)
+        return jax.jit(partial(init_model, recipe.model, layout))(self.key("init"))
+
+    def make_samplers(self, config: GLMConfig) -> dict[str, Any]:
+        """Sampling programs by purpose; equal settings share one, so that it compiles once."""
+        stop_ids = self.tokenizer.stop_ids
+        make = partial(make_sampler, config, stop_ids=stop_ids, layout=self.layout)
+        settings = {
+            "ppo": self.recipe.ppo.sampling,
+            "dpo": self.recipe.dpo.sampling,
+            "greedy": dataclasses.replace(self.recipe.ppo.sampling, temperature=0.0),
+        }
+        programs = {sampling: make(sampling) for sampling in settings.values()}
+        return {purpose: programs[sampling] for purpose, sampling in settings.items()}
+
+    def train_sft(self, model: CausalLM) -> CausalLM:
+        config = self.recipe.sft
+        with self.log.stage("sft", total=config.steps) as stage:
+            batches = shuffled(self.data.sft, config.batch_size, self.recipe.seed)
+            model = train_sft(model, config, batches, self.layout, stage.step)
+            checkpoint.save(self.directory / "checkpoints" / "sft", model)
+        return model
+
+    def train_reward(self, sft: CausalLM) -> tuple[ScalarModel, dict[str, float | int]]:
+        config, layout = self.recipe.reward, self.layout
+        with self.log.stage("reward", total=config.steps) as stage:
+            batches = shuffled(self.data.pairs, config.batch_size, self.recipe.seed)
+            start = scalar_model(sft.trunk, layout, self.key("reward"))
+            model = train_reward(start, config, batches, layout, stage.step)
+            checkpoint.save(self.directory / "checkpoints" / "reward", model)
+            heldout = in_order(self.data.heldout_pairs, config.batch_size)
+            return model, evaluate_reward(model, heldout, layout)
+
+    def train_ppo(self, sft: CausalLM, reward: ScalarModel) -> tuple[CausalLM, dict[str, float]]:
+        """PPO from the SFT model; the critic starts from the SFT trunk."""
+        config, layout, stop_id = self.recipe.ppo, self.layout, self.tokenizer.eos_id
+        prompts, sample = self.data.prompts, self.samplers["ppo"]
+        baseline = np.zeros(len(prompts.row), np.float32)
+        if config.reference_baseline:
+            with self.log.stage(
+                "baseline", total=-(-len(prompts.row) // config.batch_size)
+            ) as stage:
+                baseline = reference_scores(
+                    reward,
+                    sft,
+                    sample,
+                    in_order(prompts, config.batch_size),
+                    len(prompts.row),
+                    config,
+                    stop_id,
+                    self.key("reference answers"),
+                    layout,
+                    stage.step,
+                )
+        history: list[Mapping[str, float]] = []
+        with self.log.stage("ppo", total=config.iterations) as stage:
+
+            def report(step: int, metrics: Mapping[str, float], tokens: int) -> None:
+                history.append(metrics)
+                stage.step(step, metrics, tokens)
+
+            critic = scalar_model(sft.trunk, layout, self.key("critic"))
+            actor, critic = train_ppo(
+                Models(actor=sft, critic=critic, reference=sft, reward=reward),
+                config,
+                shuffled(prompts, config.batch_size, self.recipe.seed),
+                shuffled(self.data.sft, config.sft_batch_size, self.recipe.seed + 1),
+                baseline,
+                sample,
+                stop_id,
+                self.key("ppo"),
+                layout,
+                report,
+            )
+            checkpoint.save(
+                self.directory / "checkpoints" / "ppo", {"actor": actor, "critic": critic}
+            )
+        last = history[-max(1, len(history) // 10) :]
+        return actor, {
+            "kl": float(np.mean([m["kl"] for m in last])),
+            "kl_exact": float(np.mean([m["kl_exact"] for m in last])),
+            "reward_start": history[0]["reward"],
+            "reward_start_se": history[0]["reward_se"],
+            "reward_end": float(np.mean([m["reward"] for m in last])),
+        }
+
+    def train_dpo(self, sft: CausalLM, reward: ScalarModel) -> CausalLM:
+        """DPO from the SFT model, on its own answers labelled by the reward model."""
+        config, layout = self.recipe.dpo, self.layout
+        prompts = jax.tree.map(lambda x: x[: config.prompts], self.data.prompts)
+        batches = list(in_order(prompts, self.recipe.ppo.batch_size))
+        with self.log.stage("dpo pairs", total=len(batches)) as stage:
+            pairs = sample_pairs(
+                sft,
+                reward,
+                config,
+                batches,
+                self.samplers["dpo"],
+                self.tokenizer.eos_id,
+                self.key("dpo"),
+                layout,
+                stage.step,
+            )
+        with self.log.stage("dpo", total=config.steps) as stage:
+            model = train_dpo(
+                sft,
+                config,
+                shuffled(pairs, config.batch_size, self.recipe.seed),
+                shuffled(self.data.sft, config.sft_batch_size, self.recipe.seed + 2),
+                layout,
+                stage.step,
+            )
+            checkpoint.save(self.directory / "checkpoints" / "dpo", model)
+        return model
+
+    def evaluate(
+        self, policies: Mapping[str, CausalLM]
+    ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+        """Figures of each policy, and three samples side by side."""
+        config, data = self.recipe.evaluate, self.data
+        sampled: dict[str, Answers] = {}
+        figures: dict[str, dict[str, Any]] = {}
+        with self.log.stage("evaluate", total=2 * len(policies)) as stage:
+            for name, model in policies.items():
+                greedy = self.answers(model, "greedy")
+                sampled[name] = self.answers(model, "ppo")
+                nll = heldout_nll(model, in_order(data.heldout_sft, config.batch_size), self.layout)
+                figures[name] = {
+                    "heldout_nll": nll,
+                    **sampled[name].summary,
+                    "greedy": greedy.summary,
+                }
+                if name == "sft":
+                    greedy_sft = greedy
+                else:
+                    compare = partial(win_tie_lose, margin=config.tie_margin)
+                    figures[name] |= compare(sampled[name].judged, sampled["sft"].judged)
+                    figures[name]["greedy"] |= compare(greedy.judged, greedy_sft.judged)
+                stage.step(stage.num_steps + 1, {"heldout_nll": nll, **sampled[name].summary})
+        samples = []
+        for row, prompt in enumerate(data.heldout_texts[: config.num_samples]):
+            sample: dict[str, Any] = {"prompt": prompt}
+            for name, answers in sampled.items():
+                sample |= {name: answers.texts[row], f"{name}_sentiment": answers.judged[row]}
+            samples.append(sample)
+        return figures, samples
+
+    def answers(self, model: CausalLM, purpose: str) -> Answers:
+        """Judged answers to the held-out prompts; every policy draws from the same random stream."""
+        config, data = self.recipe.evaluate, self.data
+        return answer(
+            model,
+            in_order(data.heldout_prompts, config.batch_size),
+            data.heldout_texts,
+            self.samplers[purpose],
+            self.judge,
+            self.tokenizer,
+            self.key("evaluate"),
+            self.layout,
+        )
+
+
+def tokenized(splits: Splits, tokenizer: ChatGLM3Tokenizer, recipe: Recipe) -> Data:
+    """The splits as token arrays. Raises UserError on a record that is too long."""
+    heldout = splits.prompts.heldout[: recipe.evaluate.num_prompts]
+    sft = partial(sft_rows, tokenizer=tokenizer, length=recipe.length)
+    pairs = partial(pair_rows, tokenizer=tokenizer, length=recipe.length)
+    prompts = partial(prompt_rows, tokenizer=tokenizer, prompt_length=recipe.prompt_length)
+    return Data(
+        sft=sft(splits.sft.train),
+        heldout_sft=sft(splits.sft.heldout),
+        pairs=pairs(splits.preferences.train),
+        heldout_pairs=pairs(splits.preferences.heldout),
+        prompts=prompts(splits.prompts.train),
+        heldout_prompts=prompts(heldout),
+        heldout_texts=[prompt_text(record.prompt) for record in heldout],
+    )

@@ -1,0 +1,31 @@
+"""Supervised fine-tuning: maximum likelihood of the answers."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+
+from glm_jax.batch import Sequences
+from glm_jax.model import CausalLM
+from glm_jax.optim import OptimConfig, make_optimizer
+from glm_jax.train import Report, init_state, language_loss, make_update, train
+from sharding.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning."""
+
+    steps: int = 1000
+    batch_size: int = 64  # sequences an update
+    optim: OptimConfig = OptimConfig()
+
+
+def train_sft(
+    model: CausalLM, config: SFTConfig, batches: Iterator[Sequences], layout: Layout, report: Report
+) -> CausalLM:
+    """A copy of `model` after `config.steps` updates on `batches`. Raises UserError on a batch that does not divide."""
+    layout.check_batch(config.batch_size, "sft.batch_size")
+    optimizer = make_optimizer(config.optim, config.steps)
+    update = make_update(partial(language_loss, layout=layout), optimizer)
+    state = init_state(model, optimizer)
+    return train(state, update, batches, config.steps, layout, report).model

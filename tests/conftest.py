@@ -1,0 +1,54 @@
+"""8 simulated devices, shapes and types checked at run time, compiled programs kept between runs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jaxtyping
+import pytest
+
+if TYPE_CHECKING:  # importing it for real comes after the hook below
+    from glm_jax.config import GLMConfig
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED = REPOSITORY.parent / "shared"
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Before any module of ours is imported. With PEP 484's tower an int may stand for a float, as mypy has it.
+jaxtyping.install_import_hook(
+    ["sharding", "glm_jax", "rlhf"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile a program once and not in every test that uses it, nor in the next run of the tests."""
+    if config.cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip("reference data: no folder `shared` beside the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def small() -> "GLMConfig":
+    """A model that every layout on eight devices divides; its two kv groups are fewer than tensor 4 or 8."""
+    from glm_jax.config import GLMConfig
+
+    return GLMConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=4,
+        num_heads=8,
+        num_kv_groups=2,
+        head_dim=8,
+        ffn_size=64,
+        max_length=64,
+    )

@@ -1,0 +1,238 @@
+"""The command: reading a recipe, overriding its fields, and what a user sees when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from rlhf.cli import load_recipe, main, override, use_devices
+from rlhf.recipe import Recipe
+from rlhf.runlog import RunLog
+from sharding.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+DEMO = REPOSITORY / "configs" / "demo.py"
+
+
+def write_recipe(directory: Path, text: str) -> Path:
+    path = directory / "recipe.py"
+    path.write_text(f'"""What this recipe is for."""\nfrom rlhf.recipe import Recipe\n{text}\n')
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(
+        tmp_path,
+        f"from pathlib import Path\nconfig = Recipe(seed=3, output_dir=Path({str(tmp_path / 'run')!r}))",
+    )
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """The recipes that came to be run; nothing is trained."""
+    seen: list[Recipe] = []
+
+    def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
+        seen.append(recipe)
+        with log.stage("sft", total=1) as stage:
+            stage.step(1, {"loss": 1.5})
+        return {"seed": recipe.seed, "wall_s": log.wall_s}
+
+    monkeypatch.setattr("rlhf.run.run", run)
+    return seen
+
+
+def fail(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit status and what stands on stderr."""
+    try:
+        status = main(arguments)
+    except SystemExit as stop:  # tyro
+        status = int(str(stop.code))
+    return status, capsys.readouterr().err
+
+
+def test_run_overrides_fields_and_reports(
+    recipe: Path, tmp_path: Path, runs: list[Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "second"
+    options = ["--output-dir", str(out), "--layout", "dp", "--ppo.batch_size", "16"]
+    assert main(["run", str(recipe), *options, "--model.no-qkv-bias"]) == 0
+    (config,) = runs
+    assert config.seed == 3  # of the recipe file
+    assert (config.output_dir, config.layout) == (out, "dp")
+    assert (config.ppo.batch_size, config.model.qkv_bias) == (16, False)
+    assert json.loads((out / "recipe.json").read_text())["ppo"]["batch_size"] == 16
+    assert (out / "metrics.jsonl").read_text().count("\n") == 1
+    screen = capsys.readouterr().out
+    assert f"report: {out / 'report.html'}" in screen
+    assert "Seed: 3" in screen
+    assert (out / "report.html").exists()
+
+
+def test_a_second_run_keeps_the_first(
+    recipe: Path, tmp_path: Path, runs: list[Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--output-dir", str(tmp_path / "out")]
+    for seed in ("1", "2"):
+        assert main(["run", str(recipe), *options, "--seed", seed]) == 0
+    assert f"kept the earlier run: {tmp_path / 'out'} is now" in capsys.readouterr().out
+    seeds = [
+        json.loads((tmp_path / d / "recipe.json").read_text())["seed"] for d in ("out.1", "out")
+    ]
+    assert seeds == [1, 2]
+
+
+@pytest.mark.parametrize("field", ["--ppo.bach-size", "--ppo.bach_size"])
+def test_a_misspelt_field_exits_with_2_and_names_the_nearest(
+    field: str, recipe: Path, runs: list[Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in ([field, "16"], [f"{field}=16"]):
+        status, error = fail("run", str(recipe), *options, capsys=capsys)
+        assert status == 2
+        assert field in error
+        assert "--ppo.batch-size" in error
+    assert fail("run", str(recipe), "--sede", "1", capsys=capsys)[0] == 2
+    assert fail("rnu", str(recipe), capsys=capsys)[0] == 2
+    status, error = fail("run", str(recipe), "--seed", "one", capsys=capsys)
+    assert status == 2
+    assert "--seed" in error
+    assert not runs
+
+
+def test_help_of_every_level(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, expected in {
+        ("--help",): ["run", "Run a recipe"],
+        ("run", "--help"): ["configs/demo.py", "override"],
+        ("run", str(recipe), "--help"): [
+            "What this recipe is for.",  # the docstring of the file
+            "--seed INT",
+            "--output-dir PATH",
+            "--ppo.batch-size INT",
+            "prompts, hence answers, an iteration",  # the comment beside the field
+            "--debug",
+        ],
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert all(part in text for part in expected), text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipe = Recipe()", "recipe.py: no `config`: a recipe ends in"),
+        ("config = 3", "recipe.py: config is a int: make it a rlhf.recipe.Recipe"),
+        ("config = Recipe(sede=1)", "recipe.py:3: TypeError: "),
+        ("config = Recipe(", "recipe.py:3: '(' was never closed"),
+        ("import no_such_module", "recipe.py:3: ModuleNotFoundError: "),
+    ],
+)
+def test_a_bad_recipe_is_one_line(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, error = fail("run", str(write_recipe(tmp_path, text)), capsys=capsys)
+    assert status == 1
+    assert error.startswith("glm-jax: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_errors_are_one_line_unless_debug(
+    recipe: Path, tmp_path: Path, runs: list[Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fail("run", "missing.py", capsys=capsys) == (
+        1,
+        "glm-jax: error: recipe missing.py: no such file\n",
+    )
+    (tmp_path / "file").write_text("mine")
+    options = ["--output-dir", str(tmp_path / "file")]
+    status, error = fail("run", str(recipe), *options, capsys=capsys)
+    assert (status, error.count("\n")) == (1, 1)
+    assert "is a file" in error
+    status, debug = fail("run", str(recipe), *options, "--debug", capsys=capsys)
+    assert status == 1
+    assert debug.startswith("Traceback")
+    assert debug.endswith(error)
+    # refused by the dataclass that the field belongs to
+    status, error = fail("run", str(recipe), "--model.num-heads", "3", capsys=capsys)
+    assert (status, error.count("\n")) == (1, 1)
+    assert "model.num_heads = 3" in error
+
+
+def test_interrupted(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf.run.run", run)
+    status, error = fail("run", str(recipe), capsys=capsys)
+    assert (status, error.count("\n")) == (130, 1)
+
+
+def test_a_field_of_several_types_keeps_the_recipes_choice(tmp_path: Path) -> None:
+    text = (
+        "from pathlib import Path\nfrom rlhf.data.jsonl.jsonl import JsonlData\n"
+        "config = Recipe(data=JsonlData(Path('a'), Path('b'), Path('c')))"
+    )
+    config, description = load_recipe(write_recipe(tmp_path, text))
+    assert description == "What this recipe is for."
+    changed = override(config, ["--data.sft", "d"], prog="glm-jax", description="")
+    assert changed.data.sft == Path("d")
+    assert changed.data.preferences == Path("b")
+    assert type(changed) is Recipe
+
+
+def test_devices_are_set_before_jax_counts_them(tmp_path: Path) -> None:
+    text = (
+        "import jax, sys\nfrom pathlib import Path\nimport rlhf.run\nfrom rlhf.cli import main\n"
+        "def run(recipe, log):\n    print('devices', len(jax.devices()))\n    return {}\n"
+        "rlhf.run.run = run\nsys.exit(main())"
+    )
+    recipe = write_recipe(tmp_path, "config = Recipe()")
+    options = ["--devices", "3", "--output-dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", text, "run", str(recipe), *options],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "devices 3\n" in done.stdout
+
+
+def test_devices_that_cannot_be(tmp_path: Path) -> None:
+    use_devices(None)
+    with pytest.raises(UserError, match="--devices 0: give a positive number"):
+        use_devices(0)
+    count = len(jax.devices())
+    with pytest.raises(UserError, match="used JAX while it was read"):
+        use_devices(count + 1)
+
+
+def test_help_does_not_wait_for_jax() -> None:
+    text = (
+        "import sys\nfrom rlhf.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    sys.exit('jax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0
+
+
+def test_the_demo_recipe_is_one() -> None:
+    config, description = load_recipe(DEMO)
+    assert isinstance(config, Recipe)
+    assert description

@@ -1,0 +1,174 @@
+"""Batches: what stands where, every row once an epoch, and an exact restart."""
+
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from glm_jax.batch import Pairs, Prompts, Sequences
+from glm_jax.tokenizer import ChatGLM3Tokenizer
+from rlhf.data.batches import in_order, pair_rows, prompt_rows, sft_rows, shuffled
+from rlhf.data.records import Example, Preference, Prompt, user_turn
+from sharding.errors import UserError
+
+LENGTH, PROMPT_LENGTH, BATCH = 32, 14, 4
+WORDS = ("灯光", "毛巾", "窗帘", "走廊", "电梯", "书桌", "花园", "楼梯", "地毯", "浴室", "阳台")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatGLM3Tokenizer:
+    return ChatGLM3Tokenizer.train([f"{word}很亮太旧，还行。" for word in WORDS], vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def sequences(tokenizer: ChatGLM3Tokenizer) -> Sequences:
+    return sft_rows(
+        [Example(user_turn(w), "很亮" + "，" * i) for i, w in enumerate(WORDS)], tokenizer, LENGTH
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer: ChatGLM3Tokenizer) -> Pairs:
+    return pair_rows(
+        [Preference(user_turn(w), "很亮", "太旧，" * (i % 3 + 1)) for i, w in enumerate(WORDS)],
+        tokenizer,
+        LENGTH,
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: ChatGLM3Tokenizer) -> Prompts:
+    return prompt_rows([Prompt(user_turn(w)) for w in WORDS], tokenizer, PROMPT_LENGTH)
+
+
+def test_sequences_hold_the_conversation_and_its_targets(
+    sequences: Sequences, tokenizer: ChatGLM3Tokenizer
+) -> None:
+    assert sequences.ids.shape == (11, LENGTH)
+    assert [array.dtype for array in sequences] == [np.int32, bool, bool]
+    for row, word in enumerate(WORDS):
+        answer = {"role": "assistant", "content": "很亮" + "，" * row}
+        ids, target = tokenizer.chat_example([*user_turn(word), answer])
+        assert sequences.ids[row, : len(ids)].tolist() == ids
+        assert sequences.target[row, : len(ids)].tolist() == target
+        assert sequences.valid[row].tolist() == [i < len(ids) for i in range(LENGTH)]
+        assert not sequences.target[row, len(ids) :].any()
+
+
+def test_pairs_share_the_prompt_and_count_only_the_last_answer(
+    tokenizer: ChatGLM3Tokenizer,
+) -> None:
+    talk = (
+        {"role": "user", "content": "灯光"},
+        {"role": "assistant", "content": "很亮"},
+        {"role": "user", "content": "毛巾"},
+    )
+    pair = pair_rows([Preference(talk, "还行。", "太旧")], tokenizer, 40)
+    start = len(tokenizer.chat_prompt(talk))
+    for side, text in ((pair.chosen, "还行。"), (pair.rejected, "太旧")):
+        answer = side.ids[0][side.target[0]]
+        assert side.target[0].argmax() == start
+        assert answer[-1] == tokenizer.eos_id and tokenizer.decode_answer(answer) == text
+    assert (pair.chosen.ids[0, :start] == pair.rejected.ids[0, :start]).all()
+    assert pair.chosen.ids[0, :start].tolist() == tokenizer.chat_prompt(talk)
+
+
+def test_prompts_end_in_the_last_column(prompts: Prompts, tokenizer: ChatGLM3Tokenizer) -> None:
+    assert (prompts.ids[:, -1] == tokenizer.assistant_id).all()
+    assert prompts.valid[:, -1].all() and not prompts.valid[:, 0].any()
+    assert prompts.row.tolist() == list(range(11)) and prompts.row.dtype == np.int32
+    for row, word in enumerate(WORDS):
+        ids = prompts.ids[row][prompts.valid[row]]
+        assert ids.tolist() == tokenizer.chat_prompt(user_turn(word))
+
+
+def test_every_row_comes_once_an_epoch_in_a_new_order(prompts: Prompts) -> None:
+    batches = shuffled(prompts, BATCH, seed=3)
+    taken = [next(batches) for _ in range(11)]  # four epochs of 11 rows
+    assert all(
+        isinstance(batch, Prompts) and batch.ids.shape == (BATCH, PROMPT_LENGTH) for batch in taken
+    )
+    epochs = np.concatenate([batch.row for batch in taken]).reshape(4, 11)
+    assert np.sort(epochs).tolist() == [list(range(11))] * 4
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
+    for batch in taken:
+        assert (batch.ids == prompts.ids[batch.row]).all()
+    again = shuffled(prompts, BATCH, seed=3)
+    assert all((next(again).row == batch.row).all() for batch in taken)
+    other = shuffled(prompts, BATCH, seed=4)
+    assert any((next(other).row != batch.row).any() for batch in taken)
+
+
+@pytest.mark.parametrize("table", ["sequences", "pairs", "prompts"])
+def test_a_restored_iterator_goes_on_exactly(table: str, request: pytest.FixtureRequest) -> None:
+    rows = request.getfixturevalue(table)
+    batches = shuffled(rows, BATCH, seed=0)
+    for _ in range(5):
+        next(batches)
+    state = json.dumps(batches.get_state())
+    expected = [next(batches) for _ in range(6)]
+    restored = shuffled(rows, BATCH, seed=0)
+    restored.set_state(json.loads(state))
+    for batch in expected:
+        resumed = next(restored)
+        assert type(resumed) is type(rows)
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), resumed, batch))
+    fresh = next(shuffled(rows, BATCH, seed=0))  # the state matters: a new start is elsewhere
+    assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), fresh, expected[0]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 16])
+def test_evaluation_sees_every_row_in_order_and_fills_up_with_padding(
+    prompts: Prompts, pairs: Pairs, batch_size: int
+) -> None:
+    batches = list(in_order(prompts, batch_size))
+    assert all(batch.ids.shape == (batch_size, PROMPT_LENGTH) for batch in batches)
+    index = np.concatenate([batch.row for batch in batches])
+    missing = -11 % batch_size
+    assert index.tolist() == [*range(11), *[-1] * missing]
+    valid = np.concatenate([batch.valid for batch in batches])
+    assert valid.any(axis=1).tolist() == [True] * 11 + [False] * missing
+    last = list(in_order(pairs, batch_size))[-1]
+    if missing:
+        for side in (last.chosen, last.rejected):
+            assert not any(array[-missing:].any() for array in side)
+
+
+def test_a_prompt_that_is_too_long_is_named(tokenizer: ChatGLM3Tokenizer) -> None:
+    fine, bad = user_turn("灯光"), user_turn("毛巾" + "很亮，" * 40)
+    message = r"prompts: record 1 .* tokens, more than prompt_length = 14; "
+    with pytest.raises(UserError, match=message):
+        prompt_rows([Prompt(fine), Prompt(bad)], tokenizer, 14)
+
+
+def test_training_records_that_do_not_fit_are_left_out_whole(tokenizer: ChatGLM3Tokenizer) -> None:
+    prompt, long = user_turn("灯光"), "很亮，" * 40
+    short = sft_rows([Example(prompt, "很亮")], tokenizer, 32)
+    both = sft_rows([Example(prompt, long), Example(prompt, "很亮")], tokenizer, 32)
+    assert all((a == b).all() for a, b in zip(short, both, strict=True))
+    kept = [Preference(prompt, "很亮", long), Preference(prompt, "很亮", "很暗")]
+    pairs = pair_rows(kept, tokenizer, 32)
+    assert (pairs.chosen.ids == short.ids).all() and len(pairs.rejected.ids) == 1
+    with pytest.raises(UserError, match="preferences: no record fits into length = 32 tokens"):
+        pair_rows(kept[:1], tokenizer, 32)
+
+
+def test_one_token_less_than_a_record_needs_is_too_short(
+    sequences: Sequences, tokenizer: ChatGLM3Tokenizer
+) -> None:
+    record, need = Example(user_turn("灯光"), "很亮"), int(sequences.valid[0].sum())
+    assert sft_rows([record], tokenizer, need).valid.all()
+    with pytest.raises(UserError):
+        sft_rows([record], tokenizer, need - 1)
+
+
+def test_a_batch_is_ready_long_before_a_step_ends() -> None:
+    rows = Sequences(*(np.zeros((12_000, 96), kind) for kind in (np.int32, bool, bool)))
+    batches = shuffled(rows, 64, seed=0)
+    next(batches)
+    start = time.perf_counter()
+    for _ in range(50):
+        next(batches)
+    assert (time.perf_counter() - start) / 50 < 0.1  # about 1 ms; the bound only catches a blunder

@@ -33,14 +33,14 @@ config = Recipe(
         steps=200, batch_size=32, l2_weight=0.01, optim=OptimConfig(learning_rate=5e-4)
     ),
     ppo=PPOConfig(
-        iterations=60,
+        iterations=80,
         batch_size=64,
         minibatches=2,
-        kl_coef=0.05,
+        kl_coef=0.03,
         sft_batch_size=32,
         sft_weight=0.3,
         sampling=sampling,
-        actor=OptimConfig(learning_rate=2e-4, weight_decay=0.0),
+        actor=OptimConfig(learning_rate=3e-4, weight_decay=0.0),
         critic=OptimConfig(learning_rate=5e-4, weight_decay=0.0),
     ),
     dpo=DPOConfig(

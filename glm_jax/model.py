@@ -206,8 +206,11 @@ def apply_head(
 ) -> Float[Array, "B T V"]:
     """float32 logits, split over "vocab" as the layout says."""
     weights = model.w_head.astype(hidden.dtype)
+    rows = jnp.reshape(hidden, (-1, hidden.shape[-1]), out_sharding=layout.spec("batch", "embed"))
+    logits = jnp.einsum("RD,DV->RV", rows, weights, out_sharding=layout.spec("batch", "vocab"))
+    shape = (*hidden.shape[:2], logits.shape[-1])
     spec = layout.spec("batch", "time", "vocab")
-    return jnp.einsum("BTD,DV->BTV", hidden, weights, out_sharding=spec).astype(jnp.float32)
+    return jnp.reshape(logits, shape, out_sharding=spec).astype(jnp.float32)
 
 
 def apply_model(

@@ -27,6 +27,7 @@ class Recipe:
     )
     model: GLMConfig = GLMConfig(4096, 128, 4, 4, 2, 32, 352)  # shape without `pretrained`
     length: int = 64  # tokens of a training sequence, prompt and answer
+    max_prompts: int | None = None  # training prompts used for RL; None: all
     prompt_length: int = 16  # tokens of a prompt, chat format included
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()

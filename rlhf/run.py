@@ -258,7 +258,7 @@ class _Run:
         config, data = self.recipe.evaluate, self.data
         sampled: dict[str, Answers] = {}
         figures: dict[str, dict[str, Any]] = {}
-        with self.log.stage("evaluate", total=2 * len(policies)) as stage:
+        with self.log.stage("evaluate", total=len(policies)) as stage:
             for name, model in policies.items():
                 greedy = self.answers(model, "greedy")
                 sampled[name] = self.answers(model, "ppo")
@@ -309,7 +309,7 @@ def tokenized(splits: Splits, tokenizer: ChatGLM3Tokenizer, recipe: Recipe) -> D
         heldout_sft=sft(splits.sft.heldout),
         pairs=pairs(splits.preferences.train),
         heldout_pairs=pairs(splits.preferences.heldout),
-        prompts=prompts(splits.prompts.train),
+        prompts=prompts(splits.prompts.train[: recipe.max_prompts]),
         heldout_prompts=prompts(heldout),
         heldout_texts=[prompt_text(record.prompt) for record in heldout],
     )

@@ -1,0 +1,50 @@
+"""What cannot run is refused in one line, before any work."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from glm_jax.config import GLMConfig
+from rlhf.data.reviews.reviews import ReviewsData
+from rlhf.recipe import Recipe
+from rlhf.run import run
+from rlhf.runlog import RunLog
+from rlhf.sft import SFTConfig
+from sharding.errors import UserError
+
+ONE = Recipe(devices=1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe(devices=16, layout="dp"), "asks for 16 devices but 8 exist"),
+        (Recipe(devices=6, layout="pp_dp_tp"), "needs a multiple of 4 devices but has 6"),
+        (Recipe(devices=8, layout="ddp"), "unknown layout 'ddp'"),
+        (
+            Recipe(devices=8, layout="dp", sft=SFTConfig(batch_size=30)),
+            r"sft.batch_size = 30 .* multiple of 8",
+        ),
+        (
+            Recipe(devices=4, layout="pp_dp_tp", model=GLMConfig(64, 32, 3, 4, 2, 8, 64)),
+            r"model.num_layers = 3 does not divide over pipe 2: sizes that would work are 1",
+        ),
+        (
+            dataclasses.replace(ONE, data=ReviewsData(pos=Path("nowhere.txt"))),
+            r"nowhere.txt: cannot be read",
+        ),
+        (dataclasses.replace(ONE, pretrained=Path("nowhere")), r"nowhere.*cannot be read"),
+    ],
+)
+def test_one_line_names_what_cannot_run(recipe: Recipe, message: str, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipe, output_dir=tmp_path)
+    with (
+        RunLog(tmp_path, Console(file=io.StringIO())) as log,
+        pytest.raises(UserError, match=message) as error,
+    ):
+        run(recipe, log)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "summary.json").exists()

@@ -69,7 +69,7 @@ def run_recipe(path: Path, options: Sequence[str]) -> None:
 
     from rlhf.recipe import Recipe
     from rlhf.report import samples_table, summary_table, write_report
-    from rlhf.run import run
+    from rlhf.run import check, run
     from rlhf.runlog import RunLog, fresh_directory, write_json
 
     config, description = load_recipe(path)
@@ -79,6 +79,7 @@ def run_recipe(path: Path, options: Sequence[str]) -> None:
         )
     recipe: Recipe = override(config, options, prog=f"glm-jax run {path}", description=description)
     use_devices(recipe.devices)
+    check(recipe)  # before an earlier run is moved aside
     directory, console = recipe.output_dir, Console()
     tell = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     fresh_directory(directory, tell)

@@ -45,10 +45,28 @@ class Data:
 
 def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
     """Run a recipe; returns what it writes to `summary.json`. Raises UserError for whatever the user can mend."""
-    devices = len(jax.devices()) if recipe.devices is None else recipe.devices
-    layout = get_layout(recipe.layout, devices)
+    layout = check(recipe)
     with jax.set_mesh(layout.mesh()):
         return _Run(recipe, layout, log).run()
+
+
+def check(recipe: Recipe) -> Layout:
+    """The recipe's layout on the devices there are. Raises UserError, before any work, for what cannot run."""
+    layout = get_layout(recipe.layout, recipe.devices)
+    layout.mesh()  # enough devices?
+    if recipe.pretrained is None:
+        recipe.model.check(layout)
+        check_lengths(recipe.model, recipe.prompt_length, recipe.ppo.sampling.max_new_tokens)
+        check_lengths(recipe.model, recipe.prompt_length, recipe.dpo.sampling.max_new_tokens)
+    layout.check_batch(recipe.sft.batch_size, "sft.batch_size")
+    layout.check_batch(recipe.reward.batch_size, "reward.batch_size")
+    layout.check_batch(recipe.dpo.batch_size, "dpo.batch_size")
+    layout.check_batch(recipe.ppo.sft_batch_size, "ppo.sft_batch_size")
+    layout.check_batch(recipe.dpo.sft_batch_size, "dpo.sft_batch_size")
+    layout.check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
+    layout.for_generation().check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
+    recipe.ppo.check(layout)
+    return layout
 
 
 class _Run:
@@ -60,18 +78,6 @@ class _Run:
         self.log = log
         self.directory = recipe.output_dir
         self.judge = load_judge(recipe.evaluate.judge)
-        self.check()
-
-    def check(self) -> None:
-        """Raise UserError, before any work is done, for what cannot run."""
-        recipe, layout = self.recipe, self.layout
-        if recipe.pretrained is None:
-            recipe.model.check(layout)
-        layout.check_batch(recipe.sft.batch_size, "sft.batch_size")
-        layout.check_batch(recipe.reward.batch_size, "reward.batch_size")
-        layout.check_batch(recipe.dpo.batch_size, "dpo.batch_size")
-        layout.for_generation().check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
-        recipe.ppo.check(layout)
 
     def key(self, purpose: str) -> jax.Array:
         """A random stream of its own for each purpose."""
@@ -86,9 +92,9 @@ class _Run:
         self.note_left_out(splits)
         with log.stage("model"):
             model = self.load_model()
-            check_lengths(
-                model.trunk.config, recipe.prompt_length, recipe.length - recipe.prompt_length
-            )
+            shape = model.trunk.config
+            check_lengths(shape, recipe.prompt_length, recipe.ppo.sampling.max_new_tokens)
+            check_lengths(shape, recipe.prompt_length, recipe.dpo.sampling.max_new_tokens)
         self.samplers = self.make_samplers(model.trunk.config)
         sft = self.train_sft(model)
         reward, reward_summary = self.train_reward(sft)

@@ -156,11 +156,17 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
-def get_layout(name: str, num_devices: int) -> Layout:
-    """The entry `name` of LAYOUTS, sized for `num_devices`. Raises UserError on an unknown name or a misfit."""
+def get_layout(name: str, num_devices: int | None) -> Layout:
+    """The entry `name` of LAYOUTS, sized for `num_devices` (None: all there are, if it can use them).
+
+    Raises UserError on an unknown name or a misfit.
+    """
     if name not in LAYOUTS:
         raise UserError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[name]
+    if num_devices is None:
+        num_devices = len(jax.devices()) if -1 in layout.sizes.values() else layout.num_devices
     try:
-        return LAYOUTS[name].on(num_devices)
+        return layout.on(num_devices)
     except UserError as error:
         raise UserError(f"--layout {name}: {error}") from None

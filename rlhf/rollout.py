@@ -10,7 +10,6 @@ from glm_jax.batch import Prompts, Sequences
 from glm_jax.config import GLMConfig
 from glm_jax.generate import Generation, SamplingConfig, generate
 from glm_jax.model import CausalLM, init_model, restack
-from sharding.errors import UserError
 from sharding.layout import Layout
 
 Sampler = Callable[[CausalLM, Prompts, jax.Array], Generation]
@@ -36,16 +35,6 @@ def make_sampler(
         return jax.tree.map(lambda x: rows(x, layout), answers)
 
     return sample
-
-
-def check_lengths(config: GLMConfig, prompt_length: int, max_new_tokens: int) -> None:
-    """Raise UserError unless prompt and answer fit the model's context."""
-    total = prompt_length + max_new_tokens + 1  # and the appended stop token
-    if total > config.max_length:
-        raise UserError(
-            f"prompt_length {prompt_length} + max_new_tokens {max_new_tokens} + 1 stop token exceed the context "
-            f"of model.max_length = {config.max_length}: shorten one of them"
-        )
 
 
 def with_stop(sequences: Sequences, ended: Bool[Array, " B"], stop_id: int) -> Sequences:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from glm_jax.batch import Pairs, Prompts, Sequences
-from glm_jax.config import GLMConfig
+from glm_jax.config import GLMConfig, read_config
 from glm_jax.hf import load_model, save_model
 from glm_jax.model import CausalLM, init_model
 from glm_jax.tokenizer import ChatGLM3Tokenizer
@@ -23,10 +23,11 @@ from rlhf.heads import ScalarModel, scalar_model
 from rlhf.ppo import Models, reference_scores, train_ppo
 from rlhf.recipe import Recipe
 from rlhf.reward import evaluate_reward, train_reward
-from rlhf.rollout import check_lengths, make_sampler
+from rlhf.rollout import make_sampler
 from rlhf.runlog import RunLog, write_json
 from rlhf.sft import train_sft
 from sharding import checkpoint
+from sharding.errors import UserError
 from sharding.layout import Layout, get_layout
 
 
@@ -54,10 +55,12 @@ def check(recipe: Recipe) -> Layout:
     """The recipe's layout on the devices there are. Raises UserError, before any work, for what cannot run."""
     layout = get_layout(recipe.layout, recipe.devices)
     layout.mesh()  # enough devices?
-    if recipe.pretrained is None:
-        recipe.model.check(layout)
-        check_lengths(recipe.model, recipe.prompt_length, recipe.ppo.sampling.max_new_tokens)
-        check_lengths(recipe.model, recipe.prompt_length, recipe.dpo.sampling.max_new_tokens)
+    shape = recipe.model if recipe.pretrained is None else read_config(recipe.pretrained)
+    shape.check(layout)
+    check_context(shape, "length", recipe.length)
+    for sampling in (recipe.ppo.sampling, recipe.dpo.sampling):
+        total = recipe.prompt_length + sampling.max_new_tokens + 1  # and the appended stop token
+        check_context(shape, "prompt_length + sampling.max_new_tokens + 1", total)
     layout.check_batch(recipe.sft.batch_size, "sft.batch_size")
     layout.check_batch(recipe.reward.batch_size, "reward.batch_size")
     layout.check_batch(recipe.dpo.batch_size, "dpo.batch_size")
@@ -67,6 +70,15 @@ def check(recipe: Recipe) -> Layout:
     layout.for_generation().check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
     recipe.ppo.check(layout)
     return layout
+
+
+def check_context(shape: GLMConfig, name: str, tokens: int) -> None:
+    """Raise UserError where sequences of `tokens` tokens do not fit the model's context."""
+    if tokens > shape.max_length:
+        raise UserError(
+            f"{name} = {tokens} tokens exceed the context of model.max_length = {shape.max_length}: "
+            f"shorten them or raise it"
+        )
 
 
 class _Run:
@@ -92,9 +104,6 @@ class _Run:
         self.note_left_out(splits)
         with log.stage("model"):
             model = self.load_model()
-            shape = model.trunk.config
-            check_lengths(shape, recipe.prompt_length, recipe.ppo.sampling.max_new_tokens)
-            check_lengths(shape, recipe.prompt_length, recipe.dpo.sampling.max_new_tokens)
         self.samplers = self.make_samplers(model.trunk.config)
         sft = self.train_sft(model)
         reward, reward_summary = self.train_reward(sft)

@@ -124,7 +124,8 @@ def _assert_equal(job: str, config: GLMConfig, layout: Layout) -> None:
             if name not in ("drift",):  # a difference of roundings
                 assert our_metrics[step][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     for name, weight in single.items():
-        np.testing.assert_allclose(ours[name], weight, rtol=0, atol=2e-4, err_msg=name)
+        # updates move a weight by up to 2e-2; AdamW divides by gradients near 0, where roundings show (1.7e-5 seen)
+        np.testing.assert_allclose(ours[name], weight, rtol=0, atol=5e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "single"])

@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.batch import Prompts
+from glm_jax.batch import Prompts, Sequences
 from glm_jax.config import GLMConfig
 from glm_jax.generate import Generation, SamplingConfig
 from glm_jax.model import CausalLM, init_model
+from glm_jax.train import Metrics
 from rlhf.heads import ScalarModel, apply_scalar, scalar_model
 from rlhf.ppo import (
+    Experience,
     Models,
     PPOConfig,
+    actor_loss,
     gae,
     make_experience,
     policy_loss,
@@ -98,8 +101,6 @@ def test_value_loss_against_a_loop() -> None:
 
 
 def test_an_answer_that_was_cut_off_gets_a_stop_token_to_be_scored_at() -> None:
-    from glm_jax.batch import Sequences
-
     ids = jnp.array([[5, 6, 7, 8, 2, 0, 0], [5, 6, 7, 8, 9, 9, 9], [5, 6, 2, 0, 0, 0, 0]])
     valid = jnp.asarray(MASK).at[:, :2].set(True)
     sequences = Sequences(ids, valid, jnp.asarray(MASK))
@@ -128,6 +129,13 @@ def _answers(models: Models, sampling: SamplingConfig) -> Generation:
     return sample(models.actor, LAYOUT.put(prompts), jax.random.key(5))
 
 
+def _experience(
+    models: Models, answers: Generation, config: PPOConfig, baseline: float = 0.0
+) -> tuple[Experience, Metrics]:
+    make = jax.jit(partial(make_experience, config=config, stop_id=STOP, layout=LAYOUT))
+    return make(models, answers, jnp.full(8, baseline))
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_step_zero_ratio_is_one_and_kl_zero_at_any_temperature(
     models: Models, temperature: float
@@ -135,8 +143,7 @@ def test_step_zero_ratio_is_one_and_kl_zero_at_any_temperature(
     sampling = SamplingConfig(max_new_tokens=12, temperature=temperature)
     config = PPOConfig(batch_size=8, sampling=sampling, kl_coef=0.1)
     answers = _answers(models, sampling)
-    make = jax.jit(partial(make_experience, config=config, stop_id=STOP, layout=LAYOUT))
-    experience, metrics = make(models, answers, jnp.zeros(8))
+    experience, metrics = _experience(models, answers, config)
 
     assert abs(float(metrics["kl"])) <= 1e-6
     assert abs(float(metrics["kl_exact"])) <= 1e-6
@@ -147,13 +154,10 @@ def test_step_zero_ratio_is_one_and_kl_zero_at_any_temperature(
 
 
 def test_the_update_programs_ratio_starts_at_one(models: Models) -> None:
-    from rlhf.ppo import actor_loss
-
     sampling = SamplingConfig(max_new_tokens=12, temperature=0.8)
     config = PPOConfig(batch_size=8, minibatches=2, sampling=sampling)
     answers = _answers(models, sampling)
-    make = jax.jit(partial(make_experience, config=config, stop_id=STOP, layout=LAYOUT))
-    experience, _ = make(models, answers, jnp.zeros(8))
+    experience, _ = _experience(models, answers, config)
     batch = (experience, jnp.array([6, 1, 3, 4]), answers.sequences)
     _, metrics = jax.jit(partial(actor_loss, config=config, layout=LAYOUT))(models.actor, batch)
     assert float(metrics["ratio_mean"]) == pytest.approx(1.0, abs=1e-6)
@@ -164,9 +168,8 @@ def test_baseline_shifts_the_reward_and_nothing_else(models: Models) -> None:
     sampling = SamplingConfig(max_new_tokens=12)
     config = PPOConfig(batch_size=8, sampling=sampling)
     answers = _answers(models, sampling)
-    make = jax.jit(partial(make_experience, config=config, stop_id=STOP, layout=LAYOUT))
-    _, without = make(models, answers, jnp.zeros(8))
-    _, with_it = make(models, answers, jnp.full(8, 0.25))
+    _, without = _experience(models, answers, config)
+    _, with_it = _experience(models, answers, config, 0.25)
     assert float(with_it["reward"]) == pytest.approx(float(without["reward"]) - 0.25, abs=1e-6)
     assert float(with_it["score"]) == float(without["score"])
 
@@ -175,8 +178,7 @@ def test_a_tokens_value_is_that_of_the_state_before_it(models: Models) -> None:
     sampling = SamplingConfig(max_new_tokens=12)
     config = PPOConfig(batch_size=8, sampling=sampling)
     answers = _answers(models, sampling)
-    make = jax.jit(partial(make_experience, config=config, stop_id=STOP, layout=LAYOUT))
-    experience, _ = make(models, answers, jnp.zeros(8))
+    experience, _ = _experience(models, answers, config)
     sequences = answers.sequences
     states = apply_scalar(models.critic, sequences.ids, sequences.valid, LAYOUT)
     np.testing.assert_allclose(experience.values[:, 1:], states[:, :-1], atol=1e-6)

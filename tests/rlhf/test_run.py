@@ -37,7 +37,15 @@ ONE = Recipe(devices=1)
             dataclasses.replace(ONE, data=ReviewsData(pos=Path("nowhere.txt"))),
             r"nowhere.txt: cannot be read",
         ),
-        (dataclasses.replace(ONE, pretrained=Path("nowhere")), r"nowhere.*cannot be read"),
+        (dataclasses.replace(ONE, pretrained=Path("nowhere")), r"cannot read nowhere"),
+        (
+            dataclasses.replace(ONE, length=9000),
+            r"length = 9000 tokens exceed the context of model.max_length = 8192",
+        ),
+        (
+            dataclasses.replace(ONE, prompt_length=8000),
+            r"max_new_tokens \+ 1 = 8257 tokens exceed the context",
+        ),
     ],
 )
 def test_one_line_names_what_cannot_run(recipe: Recipe, message: str, tmp_path: Path) -> None:

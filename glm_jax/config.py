@@ -1,10 +1,7 @@
-"""Shapes of the ChatGLM family, and their `config.json`."""
+"""Shapes of the ChatGLM family."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -12,7 +9,7 @@ from sharding.layout import Layout
 
 @dataclasses.dataclass(frozen=True)
 class GLMConfig:
-    """Shape of a ChatGLM2 / ChatGLM3 model."""
+    """Shape of a ChatGLM2, ChatGLM3, GLM-4 or GLM-4-0414 model."""
 
     vocab_size: int  # V, rows of the embedding table (the original's padded_vocab_size)
     hidden_size: int  # D
@@ -23,8 +20,10 @@ class GLMConfig:
     ffn_size: int  # F, width of the gated MLP
     max_length: int = 8192  # longest sequence in tokens (the original's seq_length)
     norm_eps: float = 1e-5
-    rope_ratio: float = 1.0  # multiplies the rotary base 10,000 (32k and 128k variants)
+    rope_theta: float = 10_000.0  # rotary base: 10,000 * rope_ratio from ChatGLM3 on
+    position_scale: float = 1.0  # positions are divided by it: rope_ratio of ChatGLM2-6B-32k
     qkv_bias: bool = True
+    sandwich_norms: bool = False  # GLM-4-0414: a norm on what each branch adds to the residual
     compute_dtype: str = (
         "float32"  # matrix products run in this; parameters, softmax, norms, losses stay float32
     )
@@ -41,24 +40,72 @@ class GLMConfig:
 
     def check(self, layout: Layout) -> None:
         """Raise UserError, naming sizes that would work, where `layout` does not divide the model."""
-        splits = {
-            "vocab_size": (self.vocab_size, "vocab"),
-            "hidden_size": (self.hidden_size, "embed_weight"),
-            "num_layers": (self.num_layers, "stage"),
-            "num_heads": (self.num_heads, "heads"),
-            "ffn_size": (self.ffn_size, "ffn"),
-        }
-        for name, (size, logical) in splits.items():
-            ways = layout.ways(logical)
-            if size % ways:
-                axes = " x ".join(f"{axis} {layout.sizes[axis]}" for axis in layout.axes(logical))
-                fits = [n for n in range(1, ways + 1) if size % n == 0]
-                raise UserError(
-                    f"model.{name} = {size} does not divide over {axes}: sizes that would work are "
-                    f"{', '.join(map(str, fits))}; change --layout or the model"
-                )
+        _check_splits(self, layout)
 
 
+@dataclasses.dataclass(frozen=True)
+class GLMV1Config:
+    """Shape of a ChatGLM-6B model, and the special tokens it reads positions and mask off."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    num_layers: int
+    num_heads: int  # N
+    ffn_size: int  # F, the original's inner_hidden_size
+    max_length: int = 2048  # longest sequence in tokens (the original's max_sequence_length)
+    norm_eps: float = 1e-5
+    mask_id: int = 130000  # [MASK]
+    gmask_id: int = 130001  # [gMASK]
+    sop_id: int = 130004  # <sop>, the original's bos_token_id: ends the context
+    compute_dtype: str = "float32"  # as in GLMConfig
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (4 * self.num_heads):
+            raise UserError(
+                f"model.hidden_size = {self.hidden_size} does not divide into model.num_heads = {self.num_heads} heads "
+                f"of a multiple of 4, which two-dimensional rotary positions need"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_kv_groups(self) -> int:
+        """K: every head has keys and values of its own."""
+        return self.num_heads
+
+    def check(self, layout: Layout) -> None:
+        """Raise UserError, naming sizes that would work, where `layout` does not divide the model."""
+        _check_splits(self, layout)
+
+
+Config = GLMConfig | GLMV1Config
+
+
+def _check_splits(config: Config, layout: Layout) -> None:
+    splits = {
+        "vocab_size": (config.vocab_size, "vocab"),
+        "hidden_size": (config.hidden_size, "embed_weight"),
+        "num_layers": (config.num_layers, "stage"),
+        "num_heads": (config.num_heads, "heads"),
+        "ffn_size": (config.ffn_size, "ffn"),
+    }
+    for name, (size, logical) in splits.items():
+        ways = layout.ways(logical)
+        if size % ways:
+            axes = " x ".join(f"{axis} {layout.sizes[axis]}" for axis in layout.axes(logical))
+            fits = [n for n in range(1, ways + 1) if size % n == 0]
+            raise UserError(
+                f"model.{name} = {size} does not divide over {axes}: sizes that would work are "
+                f"{', '.join(map(str, fits))}; change --layout or the model"
+            )
+
+
+CHATGLM_6B = GLMV1Config(
+    vocab_size=130528, hidden_size=4096, num_layers=28, num_heads=32, ffn_size=16384
+)
 CHATGLM3_6B = GLMConfig(
     vocab_size=65024,
     hidden_size=4096,
@@ -68,99 +115,24 @@ CHATGLM3_6B = GLMConfig(
     head_dim=128,
     ffn_size=13696,
 )
+GLM4_9B = dataclasses.replace(CHATGLM3_6B, vocab_size=151552, num_layers=40, norm_eps=1.5625e-07)
+GLM4_9B_0414 = dataclasses.replace(GLM4_9B, max_length=32768, norm_eps=1e-5, sandwich_norms=True)
 
-PRESETS: Mapping[str, GLMConfig] = {"chatglm3-6b": CHATGLM3_6B}
-
-
-def read_config(directory: Path) -> GLMConfig:
-    """The config of a Hugging Face ChatGLM3 directory. Raises UserError if it is missing or of another kind."""
-    path = directory / "config.json"
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}; expected a Hugging Face ChatGLM directory"
-        ) from None
-    return from_hf(hf, str(path))
-
-
-def from_hf(hf: Mapping[str, Any], where: str) -> GLMConfig:
-    """A GLMConfig from the fields of a `config.json`; `where` names it in errors."""
-    fixed = {
-        "model_type": "chatglm",
-        "rmsnorm": True,
-        "original_rope": True,
-        "add_bias_linear": False,
-    }
-    for field, value in fixed.items():
-        if hf.get(field) != value:
-            raise UserError(
-                f"{where}: {field} = {hf.get(field)!r}, but only {value!r} is supported (ChatGLM3)"
-            )
-    try:
-        return GLMConfig(
-            vocab_size=hf["padded_vocab_size"],
-            hidden_size=hf["hidden_size"],
-            num_layers=hf["num_layers"],
-            num_heads=hf["num_attention_heads"],
-            num_kv_groups=hf["multi_query_group_num"]
-            if hf["multi_query_attention"]
-            else hf["num_attention_heads"],
-            head_dim=hf["kv_channels"],
-            ffn_size=hf["ffn_hidden_size"],
-            max_length=hf["seq_length"],
-            norm_eps=hf["layernorm_epsilon"],
-            rope_ratio=hf.get("rope_ratio", 1.0),
-            qkv_bias=hf["add_qkv_bias"],
-        )
-    except KeyError as error:
-        raise UserError(
-            f"{where}: field {error} is missing; expected a ChatGLM3 config.json"
-        ) from None
-
-
-def to_hf(config: GLMConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a ChatGLM3 repository, in its field order."""
-    cls = "modeling_chatglm.ChatGLMForConditionalGeneration"
-    hf: dict[str, Any] = {
-        "model_type": "chatglm",
-        "architectures": ["ChatGLMModel"],
-        "auto_map": {
-            "AutoConfig": "configuration_chatglm.ChatGLMConfig",
-            "AutoModel": cls,
-            "AutoModelForCausalLM": cls,
-            "AutoModelForSeq2SeqLM": cls,
-            "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
-        },
-        "add_bias_linear": False,
-        "add_qkv_bias": config.qkv_bias,
-        "apply_query_key_layer_scaling": True,
-        "apply_residual_connection_post_layernorm": False,
-        "attention_dropout": 0.0,
-        "attention_softmax_in_fp32": True,
-        "bias_dropout_fusion": True,
-        "ffn_hidden_size": config.ffn_size,
-        "fp32_residual_connection": False,
-        "hidden_dropout": 0.0,
-        "hidden_size": config.hidden_size,
-        "kv_channels": config.head_dim,
-        "layernorm_epsilon": config.norm_eps,
-        "multi_query_attention": True,
-        "multi_query_group_num": config.num_kv_groups,
-        "num_attention_heads": config.num_heads,
-        "num_layers": config.num_layers,
-        "original_rope": True,
-        "padded_vocab_size": config.vocab_size,
-        "post_layer_norm": True,
-        "rmsnorm": True,
-        "seq_length": config.max_length,
-        "use_cache": True,
-        "torch_dtype": dtype,
-        "transformers_version": "4.30.2",
-        "tie_word_embeddings": False,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    if config.rope_ratio != 1.0:
-        hf["rope_ratio"] = config.rope_ratio
-    return hf
+PRESETS: Mapping[str, Config] = {
+    "chatglm-6b": CHATGLM_6B,
+    "chatglm2-6b": dataclasses.replace(CHATGLM3_6B, max_length=32768),
+    "chatglm2-6b-32k": dataclasses.replace(CHATGLM3_6B, max_length=32768, position_scale=50.0),
+    "chatglm3-6b": CHATGLM3_6B,
+    "chatglm3-6b-32k": dataclasses.replace(CHATGLM3_6B, max_length=32768, rope_theta=500_000.0),
+    "chatglm3-6b-128k": dataclasses.replace(CHATGLM3_6B, max_length=131072, rope_theta=5e6),
+    "glm-4-9b": GLM4_9B,
+    "glm-4-9b-chat": dataclasses.replace(GLM4_9B, max_length=131072, rope_theta=5e6),
+    "glm-4-9b-chat-1m": dataclasses.replace(
+        GLM4_9B, max_length=1048576, rope_theta=1e8, num_kv_groups=4
+    ),
+    "glm-4-9b-chat-hf": dataclasses.replace(GLM4_9B, max_length=131072, rope_theta=5e6),
+    "glm-4-9b-0414": GLM4_9B_0414,
+    "glm-4-32b-0414": dataclasses.replace(
+        GLM4_9B_0414, hidden_size=6144, num_layers=61, num_heads=48, ffn_size=23040, qkv_bias=False
+    ),
+}

@@ -1,14 +1,20 @@
 """Sampling with a KV cache: one prefill, then one token a step until every row has stopped."""
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.batch import Prompts, Sequences
-from glm_jax.model import Cache, CausalLM, apply_cached, apply_head, empty_cache, positions_of
+from glm_jax.config import Config
+from glm_jax.model import CausalLM, apply_head, init_model, restack
+from glm_jax.trunk import Cache
+from sharding.errors import UserError
 from sharding.layout import Layout
 
 
@@ -18,11 +24,56 @@ class SamplingConfig:
 
     max_new_tokens: int = 256
     temperature: float = 1.0  # 0 takes the most probable token
+    top_k: int = 0  # draw from the k most probable tokens; 0: from all
+    top_p: float = 1.0  # draw from the most probable tokens that together reach this probability
+
+    def __post_init__(self) -> None:
+        for name, fits in (
+            ("max_new_tokens", self.max_new_tokens >= 1),
+            ("temperature", self.temperature >= 0.0),
+            ("top_k", self.top_k >= 0),
+            ("top_p", 0.0 < self.top_p <= 1.0),
+        ):
+            if not fits:
+                raise UserError(f"sampling.{name} = {getattr(self, name)} is out of range")
 
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is taken."""
         return self.temperature == 0.0
+
+
+def warp(logits: Float[Array, "*B V"], sampling: SamplingConfig) -> Float[Array, "*B V"]:
+    """Logits of the distribution that answers are drawn from: temperature, then top-k, then top-p.
+
+    What is cut off becomes -inf. Ties with the last token kept are kept too. Greedy sampling changes nothing.
+    """
+    if sampling.greedy:
+        return logits
+    scaled = logits / sampling.temperature
+    if sampling.top_k and sampling.top_k < scaled.shape[-1]:
+        least = jax.lax.top_k(scaled, sampling.top_k)[0][..., -1:]
+        scaled = jnp.where(scaled < least, -jnp.inf, scaled)
+    if sampling.top_p < 1.0:
+        ordered = -jnp.sort(-scaled, axis=-1)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the first token always stays
+        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1)
+        scaled = jnp.where(scaled < least[..., None], -jnp.inf, scaled)
+    return scaled
+
+
+def draw(
+    warped: Float[Array, "B V"],
+    row_keys: jax.Array,
+    number: Int[Array, ""],
+    sampling: SamplingConfig,
+) -> Int[Array, " B"]:
+    """The `number`-th token of every row's answer, each from the row's own random stream."""
+    if sampling.greedy:
+        return jnp.argmax(warped, axis=-1).astype(jnp.int32)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(row_keys)
+    return jax.vmap(jax.random.categorical)(keys, warped).astype(jnp.int32)
 
 
 class Generation(NamedTuple):
@@ -31,7 +82,7 @@ class Generation(NamedTuple):
     sequences: Sequences  # target marks the answer, its stop token included
     logp: Float[
         Array, "B T"
-    ]  # of the answer's tokens as sampled (at the sampling temperature), 0 elsewhere
+    ]  # of the answer's tokens in the distribution they were drawn from (`warp`), 0 elsewhere
     ended: Bool[Array, " B"]  # False where the answer was cut off at max_new_tokens
 
 
@@ -60,62 +111,38 @@ def generate(
     Row b draws from its own stream, key folded with b and then with the token's number, so that an answer does not
     depend on the layout or on its neighbours.
     """
-    config = model.trunk.config
-    batch, prompt_length = prompts.ids.shape
-    total = prompt_length + sampling.max_new_tokens
+    batch = prompts.ids.shape[0]
     row = layout.spec("batch")
     grid = layout.spec("batch", None)
-    visible = jnp.pad(prompts.valid, ((0, 0), (0, sampling.max_new_tokens)), constant_values=True)
-    lengths = jnp.sum(prompts.valid, axis=1)
-    row_index = jax.sharding.reshard(jnp.arange(batch), row)
-    row_keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(row_index)
+    row_keys = _row_keys(key, batch, layout)
     stops = jnp.array(stop_ids, jnp.int32)
 
-    def next_logits(hidden: jax.Array) -> jax.Array:
-        logits = apply_head(model, hidden[:, -1:], layout)
-        return jax.sharding.reshard(logits[:, 0], grid)
-
     def step(state: _Decoding) -> _Decoding:
-        scaled = state.logits if sampling.greedy else state.logits / sampling.temperature
-        if sampling.greedy:
-            chosen = jnp.argmax(scaled, axis=-1)
-        else:
-            keys = jax.vmap(lambda k: jax.random.fold_in(k, state.decided))(row_keys)
-            chosen = jax.vmap(jax.random.categorical)(keys, scaled)
-        token = jnp.where(state.done, 0, chosen).astype(jnp.int32)
-        hit = token[:, None] == jnp.arange(scaled.shape[-1])
-        logp = jnp.sum(jnp.where(hit, jax.nn.log_softmax(scaled, axis=-1), 0.0), axis=-1)
+        warped = warp(state.logits, sampling)
+        token = jnp.where(state.done, 0, draw(warped, row_keys, state.decided, sampling))
+        hit = token[:, None] == jnp.arange(warped.shape[-1])
+        logp = jnp.sum(jnp.where(hit, jax.nn.log_softmax(warped, axis=-1), 0.0), axis=-1)
 
         def write(buffer: jax.Array, column: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(
                 buffer, column[:, None], state.decided, axis=1
             )
 
-        hidden, cache = apply_cached(
-            model.trunk,
-            token[:, None],
-            (lengths + state.decided)[:, None],
-            visible,
-            state.cache,
-            layout,
-        )
+        hidden, cache = model.trunk.decode(token, state.cache, layout)
         return _Decoding(
             decided=state.decided + 1,
             ids=write(state.ids, token),
             logp=write(state.logp, jnp.where(state.done, 0.0, logp)),
             mask=write(state.mask, ~state.done),
             done=state.done | jnp.any(token[:, None] == stops, axis=1),
-            logits=next_logits(hidden),
+            logits=_next_logits(model, hidden, layout),
             cache=cache,
         )
 
     def unfinished(state: _Decoding) -> jax.Array:
         return (state.decided < sampling.max_new_tokens) & ~jnp.all(state.done)
 
-    cache = empty_cache(config, batch, total, layout)
-    hidden, cache = apply_cached(
-        model.trunk, prompts.ids, positions_of(prompts.valid), visible, cache, layout
-    )
+    hidden, cache = model.trunk.prefill(prompts.ids, prompts.valid, sampling.max_new_tokens, layout)
     shape = (batch, sampling.max_new_tokens)
     start = _Decoding(
         decided=jnp.int32(0),
@@ -123,7 +150,7 @@ def generate(
         logp=jnp.zeros(shape, jnp.float32, out_sharding=grid),
         mask=jnp.zeros(shape, bool, out_sharding=grid),
         done=jnp.zeros((batch,), bool, out_sharding=row),
-        logits=next_logits(hidden),
+        logits=_next_logits(model, hidden[:, -1], layout),
         cache=cache,
     )
     end = jax.lax.while_loop(unfinished, step, start)
@@ -135,3 +162,93 @@ def generate(
     )
     logp = jnp.concatenate([blank.astype(jnp.float32), end.logp], axis=1)
     return Generation(sequences, logp, end.done)
+
+
+Sampler = Callable[[CausalLM, Prompts, jax.Array], Generation]
+
+
+def stream(
+    model: CausalLM,
+    prompt: Sequence[int],
+    key: jax.Array,
+    sampling: SamplingConfig,
+    stop_ids: tuple[int, ...],
+    layout: Layout,
+) -> Iterator[int]:
+    """The tokens of one answer as they are drawn, the stop token included: those of `generate`.
+
+    Prompts are left-padded to a power of two, so that few lengths are ever compiled. The layout must have no
+    pipeline stages.
+    """
+    width = 1 << max(5, (len(prompt) - 1).bit_length())
+    ids = np.zeros((layout.ways("batch"), width), np.int32)
+    real = np.zeros(ids.shape, bool)
+    ids[:, width - len(prompt) :] = prompt
+    real[:, width - len(prompt) :] = True
+    keys = _row_keys(key, len(ids), layout)
+    ids, real = layout.put((ids, real))
+    logits, cache = _prefill(model, ids, real, sampling.max_new_tokens, layout)
+    for decided in range(sampling.max_new_tokens):
+        drawn, logits, cache = _decode(
+            model, logits, cache, keys, jnp.int32(decided), sampling, layout
+        )
+        token = int(drawn[0])
+        yield token
+        if token in stop_ids:
+            return
+
+
+@partial(jax.jit, static_argnames=("room", "layout"))
+def _prefill(
+    model: CausalLM, ids: jax.Array, real: jax.Array, room: int, layout: Layout
+) -> tuple[jax.Array, Cache]:
+    hidden, cache = model.trunk.prefill(ids, real, room, layout)
+    return _next_logits(model, hidden[:, -1], layout), cache
+
+
+@partial(jax.jit, static_argnames=("sampling", "layout"), donate_argnames="cache")
+def _decode(
+    model: CausalLM,
+    logits: jax.Array,
+    cache: Cache,
+    keys: jax.Array,
+    decided: jax.Array,
+    sampling: SamplingConfig,
+    layout: Layout,
+) -> tuple[jax.Array, jax.Array, Cache]:
+    token = draw(warp(logits, sampling), keys, decided, sampling)
+    hidden, cache = model.trunk.decode(token, cache, layout)
+    return token, _next_logits(model, hidden, layout), cache
+
+
+def _next_logits(model: CausalLM, hidden: Float[Array, "B D"], layout: Layout) -> jax.Array:
+    """float32 [B, V], whole on every device of a row."""
+    logits = apply_head(model, hidden[:, None], layout)[:, 0]
+    return jax.sharding.reshard(logits, layout.spec("batch", None))
+
+
+def _row_keys(key: jax.Array, batch: int, layout: Layout) -> jax.Array:
+    rows = jax.sharding.reshard(jnp.arange(batch), layout.spec("batch"))
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+def make_sampler(
+    config: Config, sampling: SamplingConfig, stop_ids: tuple[int, ...], layout: Layout
+) -> Sampler:
+    """The jitted program (policy, prompts, key) -> Generation, all of it laid out for training.
+
+    Inside, policy and prompts move to the generation layout on the same devices and the answers move back.
+    """
+    generation = layout.for_generation()
+    like = jax.eval_shape(lambda key: init_model(config, generation, key), jax.random.key(0))
+
+    def rows(x: jax.Array, to: Layout) -> jax.Array:
+        return jax.sharding.reshard(x, to.spec("batch", *[None] * (x.ndim - 1)))
+
+    @jax.jit
+    def sample(policy: CausalLM, prompts: Prompts, key: jax.Array) -> Generation:
+        prompts = jax.tree.map(lambda x: rows(x, generation), prompts)
+        answers = generate(restack(policy, like), prompts, key, sampling, stop_ids, generation)
+        return jax.tree.map(lambda x: rows(x, layout), answers)
+
+    return sample

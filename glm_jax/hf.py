@@ -1,211 +1,429 @@
-"""Hugging Face files in and out: one strict two-way table, tensor name <-> weight <-> transform.
+"""Tensor names of Hugging Face checkpoints: one strict two-way table a form, tensor <-> weights of the model.
 
-Every tensor of a file must be known and every weight must be filled, with exactly the expected shape.
+A tensor is [out, in], as PyTorch keeps it; a weight is [in, out] with heads as dimensions of their own. A row of the
+table says which weights a tensor holds; shapes follow from the model. Every tensor of a file must be known and every
+weight must be filled, with exactly the expected shape.
 """
 
 import dataclasses
-import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from glm_jax.config import GLMConfig, read_config, to_hf
+from glm_jax.config import Config
+from glm_jax.hf_config import Form
+from glm_jax.layers import rotary_frequencies
 from glm_jax.model import CausalLM, init_model
+from sharding.disk.stored import Stored
 from sharding.errors import UserError
 from sharding.layout import Layout
-from sharding.pipeline import layer_slots
 
 Weights = dict[str, np.ndarray]
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+
+BLOCK = ".trunk.blocks."
+
+
+def transposed(matrix: np.ndarray) -> np.ndarray:
+    """A row-major copy of `matrix.T`, made in strips that stay in the processor's cache: four times as fast."""
+    bits = np.ascontiguousarray(matrix).view(
+        f"u{matrix.itemsize}"
+    )  # numpy copies bfloat16 one by one
+    out = np.empty(bits.shape[::-1], bits.dtype)
+    for start in range(0, len(bits), 128):
+        out[:, start : start + 128] = bits[start : start + 128].T
+    return out.view(matrix.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One weight (of one layer) within a tensor.
+
+    `columns` leading dimensions of the weight lie along the tensor's columns, the others along its rows: the tensor
+    is the weight transposed. None: the weight as it is; 0: the weight as a vector.
+    """
+
+    path: str
+    columns: int | None = None
+
+    def dimensions(self, shape: Shape) -> tuple[Shape, Shape]:
+        """The weight's dimensions along the tensor's rows, and those along its columns."""
+        if self.columns is None:
+            return shape[:1], shape[1:]
+        return shape[self.columns :], shape[: self.columns]
+
+    def to_weight(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
+        """Tensor rows -> the weight."""
+        return (transposed(rows) if self.columns else rows).reshape(shape)
+
+    def to_rows(self, weight: np.ndarray) -> np.ndarray:
+        """The inverse of `to_weight`."""
+        row_dims, column_dims = self.dimensions(weight.shape)
+        rows, columns = math.prod(row_dims), math.prod(column_dims)
+        if self.columns:
+            return transposed(weight.reshape(columns, rows))
+        return weight.reshape((rows, columns) if column_dims else (rows,))
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor of the file and the weights it holds.
-
-    `read` turns the tensor into the weights named by `names` (of one layer, where the tensor's name has an {i});
-    `write` is its exact inverse.
-    """
+    """One tensor of the file ({i}: of every layer) and the weights that stand in it, one after the other."""
 
     tensor: str
-    names: tuple[str, ...]
-    shape: Callable[[GLMConfig], tuple[int, ...]]
-    read: Callable[[GLMConfig, np.ndarray], tuple[np.ndarray, ...]]
-    write: Callable[[GLMConfig, tuple[np.ndarray, ...]], np.ndarray]
+    pieces: tuple[Piece, ...]
+    per_head: int = 0  # > 0: the pieces take turns after so many rows, head by head (ChatGLM-6B)
+    copy: bool = False  # a second copy of a weight that another row fills
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every layer has such a tensor."""
+        return "{i}" in self.tensor
 
 
-def _plain(tensor: str, name: str, shape: Callable[[GLMConfig], tuple[int, ...]]) -> Row:
-    return Row(tensor, (name,), shape, lambda c, w: (w,), lambda c, parts: parts[0])
+def _one(tensor: str, path: str, columns: int | None = None) -> Row:
+    return Row(tensor, (Piece(path, columns),))
 
 
-def _transposed(tensor: str, name: str, shape: Callable[[GLMConfig], tuple[int, ...]]) -> Row:
-    return Row(tensor, (name,), shape, lambda c, w: (w.T,), lambda c, parts: parts[0].T)
+def _qkv(columns: int, kind: str) -> tuple[Piece, ...]:
+    return tuple(Piece(f"{BLOCK}{kind}_{name}", columns) for name in "qkv")
 
 
-def _qkv_width(c: GLMConfig) -> int:
-    return (c.num_heads + 2 * c.num_kv_groups) * c.head_dim
+def _v1_table(head_dim: int) -> tuple[Row, ...]:
+    layer = "transformer.layers.{i}."
+    return (
+        Row("lm_head.weight", (Piece(".trunk.embedding"),), copy=True),
+        _one("transformer.word_embeddings.weight", ".trunk.embedding"),
+        _one(layer + "input_layernorm.weight", BLOCK + "attn_norm"),
+        _one(layer + "input_layernorm.bias", BLOCK + "attn_norm_bias"),
+        Row(layer + "attention.query_key_value.weight", _qkv(1, "w"), per_head=head_dim),
+        Row(layer + "attention.query_key_value.bias", _qkv(0, "b"), per_head=head_dim),
+        _one(layer + "attention.dense.weight", BLOCK + "w_o", 2),
+        _one(layer + "attention.dense.bias", BLOCK + "b_o"),
+        _one(layer + "post_attention_layernorm.weight", BLOCK + "mlp_norm"),
+        _one(layer + "post_attention_layernorm.bias", BLOCK + "mlp_norm_bias"),
+        _one(layer + "mlp.dense_h_to_4h.weight", BLOCK + "w_in", 1),
+        _one(layer + "mlp.dense_h_to_4h.bias", BLOCK + "b_in"),
+        _one(layer + "mlp.dense_4h_to_h.weight", BLOCK + "w_out", 1),
+        _one(layer + "mlp.dense_4h_to_h.bias", BLOCK + "b_out"),
+        _one("transformer.final_layernorm.weight", ".trunk.final_norm"),
+        _one("transformer.final_layernorm.bias", ".trunk.final_norm_bias"),
+    )
 
 
-def _split_qkv(c: GLMConfig, rows: np.ndarray) -> list[np.ndarray]:
-    """[all Q | all K | all V] rows -> three arrays [heads, H, ...]."""
-    sizes = np.cumsum([c.num_heads, c.num_kv_groups]) * c.head_dim
-    return [part.reshape(-1, c.head_dim, *part.shape[1:]) for part in np.split(rows, sizes)]
+def _remote_table() -> tuple[Row, ...]:
+    layer = "transformer.encoder.layers.{i}."
+    gate_up = (Piece(BLOCK + "w_gate", 1), Piece(BLOCK + "w_up", 1))
+    return (
+        _one("transformer.embedding.word_embeddings.weight", ".trunk.embedding"),
+        _one(layer + "input_layernorm.weight", BLOCK + "attn_norm"),
+        Row(layer + "self_attention.query_key_value.weight", _qkv(1, "w")),
+        Row(layer + "self_attention.query_key_value.bias", _qkv(0, "b")),
+        _one(layer + "self_attention.dense.weight", BLOCK + "w_o", 2),
+        _one(layer + "post_attention_layernorm.weight", BLOCK + "mlp_norm"),
+        Row(layer + "mlp.dense_h_to_4h.weight", gate_up),
+        _one(layer + "mlp.dense_4h_to_h.weight", BLOCK + "w_down", 1),
+        _one("transformer.encoder.final_layernorm.weight", ".trunk.final_norm"),
+        _one("transformer.output_layer.weight", ".w_head", 1),
+    )
 
 
-def _read_qkv(c: GLMConfig, w: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(np.moveaxis(part, -1, 0) for part in _split_qkv(c, w))  # [D, heads, H]
+def _transformers_table() -> tuple[Row, ...]:
+    layer = "model.layers.{i}."
+    gate_up = (Piece(BLOCK + "w_gate", 1), Piece(BLOCK + "w_up", 1))
+    projections = [
+        row
+        for name in "qkv"
+        for row in (
+            _one(f"{layer}self_attn.{name}_proj.weight", f"{BLOCK}w_{name}", 1),
+            _one(f"{layer}self_attn.{name}_proj.bias", f"{BLOCK}b_{name}", 0),
+        )
+    ]
+    return (
+        _one("model.embed_tokens.weight", ".trunk.embedding"),
+        _one(layer + "input_layernorm.weight", BLOCK + "attn_norm"),
+        *projections,
+        _one(layer + "self_attn.o_proj.weight", BLOCK + "w_o", 2),
+        _one(layer + "post_self_attn_layernorm.weight", BLOCK + "attn_out_norm"),
+        _one(layer + "post_attention_layernorm.weight", BLOCK + "mlp_norm"),
+        Row(layer + "mlp.gate_up_proj.weight", gate_up),
+        _one(layer + "mlp.down_proj.weight", BLOCK + "w_down", 1),
+        _one(layer + "post_mlp_layernorm.weight", BLOCK + "mlp_out_norm"),
+        _one("model.norm.weight", ".trunk.final_norm"),
+        _one("lm_head.weight", ".w_head", 1),
+    )
 
 
-def _write_qkv(c: GLMConfig, parts: tuple[np.ndarray, ...]) -> np.ndarray:
-    return np.concatenate([np.moveaxis(p, 0, -1).reshape(-1, c.hidden_size) for p in parts])
-
-
-_LAYER = "transformer.encoder.layers.{i}."
-_BLOCK = ".trunk.blocks."
-
-CHATGLM3 = (
-    _plain(
-        "transformer.embedding.word_embeddings.weight",
-        ".trunk.embedding",
-        lambda c: (c.vocab_size, c.hidden_size),
-    ),
-    _plain(_LAYER + "input_layernorm.weight", _BLOCK + "attn_norm", lambda c: (c.hidden_size,)),
-    Row(
-        _LAYER + "self_attention.query_key_value.weight",
-        (_BLOCK + "w_q", _BLOCK + "w_k", _BLOCK + "w_v"),
-        lambda c: (_qkv_width(c), c.hidden_size),
-        _read_qkv,
-        _write_qkv,
-    ),
-    Row(
-        _LAYER + "self_attention.query_key_value.bias",
-        (_BLOCK + "b_q", _BLOCK + "b_k", _BLOCK + "b_v"),
-        lambda c: (_qkv_width(c),),
-        lambda c, w: tuple(_split_qkv(c, w)),
-        lambda c, parts: np.concatenate([p.reshape(-1) for p in parts]),
-    ),
-    Row(
-        _LAYER + "self_attention.dense.weight",
-        (_BLOCK + "w_o",),
-        lambda c: (c.hidden_size, c.num_heads * c.head_dim),
-        lambda c, w: (w.T.reshape(c.num_heads, c.head_dim, c.hidden_size),),
-        lambda c, parts: parts[0].reshape(-1, c.hidden_size).T,
-    ),
-    _plain(
-        _LAYER + "post_attention_layernorm.weight", _BLOCK + "mlp_norm", lambda c: (c.hidden_size,)
-    ),
-    Row(
-        _LAYER + "mlp.dense_h_to_4h.weight",
-        (_BLOCK + "w_gate", _BLOCK + "w_up"),
-        lambda c: (2 * c.ffn_size, c.hidden_size),
-        lambda c, w: tuple(half.T for half in np.split(w, 2)),
-        lambda c, parts: np.concatenate([p.T for p in parts]),
-    ),
-    _transposed(
-        _LAYER + "mlp.dense_4h_to_h.weight",
-        _BLOCK + "w_down",
-        lambda c: (c.hidden_size, c.ffn_size),
-    ),
-    _plain(
-        "transformer.encoder.final_layernorm.weight",
-        ".trunk.final_norm",
-        lambda c: (c.hidden_size,),
-    ),
-    _transposed(
-        "transformer.output_layer.weight", ".w_head", lambda c: (c.vocab_size, c.hidden_size)
-    ),
-)
-INV_FREQ = (
-    "transformer.rotary_pos_emb.inv_freq"  # a buffer of the original, follows from the config
+# Tensors that are no parameters: they follow from the config, and the original ignores what is stored.
+BUFFERS = re.compile(
+    r"transformer\.(rotary_pos_emb|layers\.\d+\.attention\.rotary_emb)\.inv_freq"
+    r"|model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 )
 
 
-def table(config: GLMConfig) -> list[Row]:
-    """The rows that a model of this config has."""
-    return [row for row in CHATGLM3 if config.qkv_bias or not row.tensor.endswith(".bias")]
+@cache
+def weight_shapes(config: Config) -> Mapping[str, Shape]:
+    """Weight path -> shape, of one layer for those of the blocks."""
+    layout = Layout()
+    with jax.set_mesh(layout.mesh()):
+        model = jax.eval_shape(partial(init_model, config, layout), jax.random.key(0))
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = jax.tree_util.keystr(path)
+        shapes[name] = leaf.shape[2:] if name.startswith(BLOCK) else leaf.shape
+    return shapes
 
 
-def read_tensors(directory: Path) -> Weights:
-    """All tensors of the *.safetensors files of a directory, in their stored dtype. Raises UserError."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"no *.safetensors file in {directory}: expected a Hugging Face checkpoint")
-    tensors: Weights = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="np") as file:
-                names = file.keys()
-                tensors |= {name: file.get_tensor(name) for name in names}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
-    return tensors
+def num_parameters(config: Config) -> int:
+    """Parameters of the whole model."""
+    return sum(
+        math.prod(shape) * (config.num_layers if name.startswith(BLOCK) else 1)
+        for name, shape in weight_shapes(config).items()
+    )
 
 
-def from_tensors(config: GLMConfig, tensors: Mapping[str, np.ndarray], where: str) -> Weights:
-    """File tensors -> float32 weights by path, layers stacked [layer, ...]. Raises UserError on any mismatch."""
-    rest = dict(tensors)
-    rest.pop(INV_FREQ, None)
-    weights: dict[str, list[np.ndarray]] = {}
-    for row in table(config):
-        per_layer = "{i}" in row.tensor
-        for i in range(config.num_layers if per_layer else 1):
-            name = row.tensor.format(i=i)
-            if name not in rest:
-                raise UserError(f"{where}: tensor {name} is missing")
-            tensor = rest.pop(name)
-            if tensor.shape != row.shape(config):
-                raise UserError(
-                    f"{where}: {name} has shape {tensor.shape}, config.json wants {row.shape(config)}"
-                )
-            for path, weight in zip(
-                row.names, row.read(config, tensor.astype(np.float32)), strict=True
-            ):
-                weights.setdefault(path, []).append(weight)
-    if rest:
-        raise UserError(f"{where}: {len(rest)} unknown tensors, the first is {sorted(rest)[0]}")
+@cache
+def table(config: Config, form: Form) -> tuple[Row, ...]:
+    """The rows that a model of this config has in this form. Raises UserError where it has no such form."""
+    if form is Form.CHATGLM:
+        rows = _v1_table(config.head_dim)
+    elif form in (Form.GLM, Form.GLM4):
+        rows = _transformers_table()
+    else:
+        rows = _remote_table()
+    shapes = weight_shapes(config)
+    rows = tuple(row for row in rows if row.pieces[0].path in shapes)
+    lacking = set(shapes) - {piece.path for row in rows for piece in row.pieces}
+    if lacking:
+        raise UserError(f"a model with {sorted(lacking)[0]} has no form {form.value}")
+    return rows
+
+
+def tensor_shape(row: Row, config: Config) -> Shape:
+    """The shape that `row`'s tensor must have."""
+    shapes = weight_shapes(config)
+    count, columns = 0, Shape()
+    for piece in row.pieces:
+        row_dims, column_dims = piece.dimensions(shapes[piece.path])
+        count += math.prod(row_dims)
+        columns = (math.prod(column_dims),) if column_dims else ()
+    return (count, *columns)
+
+
+def tensor_names(config: Config, form: Form) -> Iterator[tuple[str, Row, int]]:
+    """(name, row, layer) of every tensor, layer by layer as the original repositories order them."""
+    rows = table(config, form)
+    first = next(n for n, row in enumerate(rows) if row.per_layer)
+    last = max(n for n, row in enumerate(rows) if row.per_layer)
+    for row in rows[:first]:
+        yield row.tensor, row, 0
+    for i in range(config.num_layers):
+        for row in rows[first : last + 1]:
+            yield row.tensor.format(i=i), row, i
+    for row in rows[last + 1 :]:
+        yield row.tensor, row, 0
+
+
+def check_tensors(config: Config, form: Form, found: Mapping[str, Shape], where: str) -> None:
+    """Raise UserError unless `found` (name -> shape) is exactly what the config wants; buffers may be absent."""
+    unknown = {name for name in found if not BUFFERS.fullmatch(name)}
+    for name, row, _ in tensor_names(config, form):
+        if name not in found:
+            if row.copy:
+                continue
+            raise UserError(f"{where}: tensor {name} is missing")
+        unknown.discard(name)
+        wanted = tensor_shape(row, config)
+        if tuple(found[name]) != wanted:
+            raise UserError(
+                f"{where}: {name} has shape {tuple(found[name])}, config.json wants {wanted}"
+            )
+    if unknown:
+        raise UserError(f"{where}: {len(unknown)} unknown tensors, the first is {min(unknown)}")
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the tensors of a checkpoint lie, and what they are."""
+
+    config: Config
+    form: Form
+    tensors: Mapping[str, Stored]
+
+    def stored(self, path: str, layer: int) -> Stored:
+        """The tensor that holds a weight."""
+        row, _ = _holders(self.config, self.form)[path]
+        return self.tensors[row.tensor.format(i=layer)]
+
+    def read(self, path: str, layer: int, index: Index) -> np.ndarray:
+        """`index` of one layer's weight, in its stored dtype; only the bytes of these rows are read."""
+        row, number = _holders(self.config, self.form)[path]
+        shape = weight_shapes(self.config)[path]
+        piece, stored = row.pieces[number], self.tensors[row.tensor.format(i=layer)]
+        row_dims, column_dims = piece.dimensions(shape)
+        columns_first = bool(piece.columns)
+        row_index = index[len(column_dims) :] if columns_first else index[: len(row_dims)]
+        column_index = index[: len(column_dims)] if columns_first else index[len(row_dims) :]
+        rows = _span(row_index, row_dims)
+        columns = _span(column_index, column_dims) if column_dims else None
+        block = self._block(stored, row, number, rows, columns)
+        local = tuple(
+            len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)
+        )
+        check_finite(block, stored)
+        return piece.to_weight(block, local)
+
+    def _block(
+        self, stored: Stored, row: Row, number: int, rows: slice, columns: slice | None
+    ) -> np.ndarray:
+        """Rows of a tensor's piece `number`."""
+        shapes = weight_shapes(self.config)
+        if row.per_head:
+            unit, turns = row.per_head, len(row.pieces)
+            block = stored.read(slice(rows.start * turns, rows.stop * turns), columns)
+            heads = block.reshape(-1, turns, unit, *block.shape[1:])
+            return heads[:, number].reshape(-1, *block.shape[1:])
+        before = sum(
+            math.prod(piece.dimensions(shapes[piece.path])[0]) for piece in row.pieces[:number]
+        )
+        return stored.read(slice(before + rows.start, before + rows.stop), columns)
+
+
+def check_finite(values: np.ndarray, stored: Stored) -> None:
+    """Raise UserError, naming file and tensor, where a weight is infinite or not a number."""
+    kind = ml_dtypes.finfo(values.dtype)
+    infinity = ((1 << kind.nexp) - 1) << kind.nmant  # exponent all ones; the sign is masked away
+    bits = values.reshape(-1).view(f"u{values.itemsize}")
+    for start in range(0, bits.size, 1 << 18):  # in the processor's cache
+        part = bits[start : start + (1 << 18)]
+        if np.any(part & bits.dtype.type(infinity) == infinity):
+            raise UserError(
+                f"{stored.path}: tensor {stored.name} holds NaN or infinity: the checkpoint is damaged"
+            )
+
+
+def _span(index: Index, dims: Shape) -> slice:
+    """Flat range of `index` over `dims`, of which only the first may be cut."""
+    start, stop, _ = index[0].indices(dims[0])
+    inner = math.prod(dims[1:])
+    return slice(start * inner, stop * inner)
+
+
+@cache
+def _holders(config: Config, form: Form) -> Mapping[str, tuple[Row, int]]:
+    """Weight path -> the row that fills it, and the number of its piece."""
     return {
-        path: np.stack(parts) if path.startswith(_BLOCK) else parts[0]
-        for path, parts in weights.items()
+        piece.path: (row, number)
+        for row in table(config, form)
+        if not row.copy
+        for number, piece in enumerate(row.pieces)
     }
 
 
-def to_tensors(config: GLMConfig, weights: Mapping[str, np.ndarray]) -> Weights:
-    """The inverse of `from_tensors`, with the rotary buffer that the original repositories carry."""
-    tensors: Weights = {}
-    for row in table(config):
-        parts = tuple(weights[path] for path in row.names)
-        if "{i}" not in row.tensor:
-            tensors[row.tensor] = row.write(config, parts)
-            continue
-        for i in range(config.num_layers):
-            tensors[row.tensor.format(i=i)] = row.write(config, tuple(part[i] for part in parts))
-    rotated = config.head_dim // 2
-    base = 10_000.0 * config.rope_ratio
-    tensors[INV_FREQ] = 1.0 / base ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)
-    return {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
+def read_weight(
+    source: Source, path: str, dtype: np.dtype | None, index: Index | None = None
+) -> np.ndarray:
+    """A weight [layer, ...] (or without the layer dimension, outside the blocks), row-major, `index` of it.
+
+    dtype None keeps the stored one. One layer is read and converted at a time.
+    """
+    shape = weight_shapes(source.config)[path]
+    full = (source.config.num_layers, *shape) if path.startswith(BLOCK) else shape
+    index = index or tuple(slice(None) for _ in full)
+    local = tuple(len(range(*part.indices(size))) for part, size in zip(index, full, strict=True))
+    if not path.startswith(BLOCK):
+        return np.ascontiguousarray(source.read(path, 0, index), dtype)
+    out: np.ndarray | None = None
+    for slot, layer in enumerate(range(*index[0].indices(full[0]))):
+        weight = source.read(path, layer, index[1:])
+        if out is None:
+            out = np.empty(local, dtype or weight.dtype)
+        out[slot] = weight
+    assert out is not None
+    return out
 
 
-def load_model(directory: Path, layout: Layout, compute_dtype: str = "float32") -> CausalLM:
-    """The model of a Hugging Face ChatGLM3 directory, split as `layout` says on the current mesh."""
-    config = dataclasses.replace(read_config(directory), compute_dtype=compute_dtype)
-    weights = from_tensors(config, read_tensors(directory), str(directory))
+def _shard(
+    source: Source, name: str, dtype: np.dtype | None, shape: Shape, index: Index
+) -> np.ndarray:
+    """`index` of a weight that is stacked [stage, layer, ...] if it belongs to the blocks."""
+    if not name.startswith(BLOCK):
+        return read_weight(source, name, dtype, index)
+    stages, slots = (range(*index[axis].indices(shape[axis])) for axis in (0, 1))
+    layers = [slice(s * shape[1] + slots.start, s * shape[1] + slots.stop) for s in stages]
+    return np.stack([read_weight(source, name, dtype, (part, *index[2:])) for part in layers])
+
+
+def load_weights(
+    source: Source, layout: Layout, dtype: np.dtype | None = np.dtype(np.float32)
+) -> CausalLM:
+    """Weights on the current mesh, split as `layout` says; every process reads the bytes of its own shards.
+
+    dtype None keeps the stored one.
+    """
+    config = source.config
     shapes = jax.eval_shape(lambda key: init_model(config, layout, key), jax.random.key(0))
-    slots = layer_slots(config.num_layers, layout)
     mesh = jax.sharding.get_mesh()
 
-    def place(path: tuple[jax.tree_util.KeyEntry, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def place(path: tuple[jax.tree_util.KeyEntry, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path)
-        weight = weights[name][slots] if name.startswith(_BLOCK) else weights[name]
-        return jax.device_put(weight, NamedSharding(mesh, shape.sharding.spec))
+        seen: dict[str, np.ndarray] = {}  # replicas ask for the same piece
 
-    return jax.tree_util.tree_map_with_path(place, shapes)
+        def shard(index: Index | None) -> np.ndarray:
+            assert index is not None
+            if str(index) not in seen:
+                seen[str(index)] = _shard(source, name, dtype, like.shape, index)
+            return seen[str(index)]
+
+        sharding = NamedSharding(mesh, like.sharding.spec)
+        return jax.make_array_from_callback(like.shape, sharding, shard)
+
+    model: CausalLM = jax.tree_util.tree_map_with_path(place, shapes)
+    return model
+
+
+# Writing ----------------------------------------------------------------------------------------------------------
+
+
+def join(row: Row, weights: Sequence[np.ndarray]) -> np.ndarray:
+    """The tensor made of a row's weights (of one layer), row-major."""
+    blocks = [piece.to_rows(weight) for piece, weight in zip(row.pieces, weights, strict=True)]
+    if row.per_head:
+        turns = [block.reshape(-1, row.per_head, *block.shape[1:]) for block in blocks]
+        stacked = np.stack(turns, axis=1)
+        return stacked.reshape(-1, *blocks[0].shape[1:])
+    return np.concatenate(blocks) if len(blocks) > 1 else np.ascontiguousarray(blocks[0])
+
+
+def to_tensors(config: Config, form: Form, weights: Mapping[str, np.ndarray]) -> Weights:
+    """All tensors, from weights by path with their layers stacked [layer, ...]."""
+    tensors: Weights = {}
+    for name, row, i in tensor_names(config, form):
+        parts = [weights[piece.path] for piece in row.pieces]
+        tensors[name] = join(row, [part[i] for part in parts] if row.per_layer else parts)
+    return tensors
+
+
+def make_buffers(config: Config, form: Form, dtype: np.dtype) -> Weights:
+    """The tensors that are no parameters, for a model that came without: rotary frequencies of base 10,000."""
+    if form in (Form.GLM, Form.GLM4):
+        return {}
+    frequencies = rotary_frequencies(config.head_dim // 2, 10_000.0).astype(dtype)
+    if form is not Form.CHATGLM:
+        return {"transformer.rotary_pos_emb.inv_freq": frequencies}
+    return {
+        f"transformer.layers.{i}.attention.rotary_emb.inv_freq": frequencies
+        for i in range(config.num_layers)
+    }
 
 
 def host_weights(model: CausalLM) -> Weights:
@@ -214,21 +432,5 @@ def host_weights(model: CausalLM) -> Weights:
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         name = jax.tree_util.keystr(path)
         host = np.asarray(leaf, np.float32)
-        weights[name] = host.reshape(-1, *host.shape[2:]) if name.startswith(_BLOCK) else host
+        weights[name] = host.reshape(-1, *host.shape[2:]) if name.startswith(BLOCK) else host
     return weights
-
-
-def save_model(model: CausalLM, directory: Path, save_tokenizer: Callable[[Path], Any]) -> None:
-    """Write config.json, model.safetensors (float32) and the tokenizer's files; whole or not at all."""
-    config = model.trunk.config
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = to_tensors(config, host_weights(model))
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    fields = json.dumps(to_hf(config, "float32"), indent=2, ensure_ascii=False)
-    (partial / "config.json").write_text(fields + "\n", encoding="utf-8")
-    save_tokenizer(partial)
-    if directory.exists():
-        shutil.rmtree(directory)
-    os.replace(partial, directory)

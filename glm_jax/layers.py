@@ -1,12 +1,13 @@
-"""Pure functions on arrays: norm, rotary embedding, attention, gated MLP.
+"""Pure functions on arrays: norms, rotary embeddings, attention, MLPs.
 
 One alphabet: B batch, T query positions, S key positions, D width, N heads, K kv groups, G = N / K, H head
-width, F ffn width, R = H / 4 rotary frequencies.
+width, F ffn width, R rotary frequencies (rotated dimensions / 2).
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from sharding.layout import Layout
 
@@ -24,14 +25,27 @@ def rms_norm(
     return (normed * scale).astype(x.dtype)
 
 
+def layer_norm(
+    x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
+    """(x - mean) / sqrt(variance + eps) * scale + bias, in float32 and only then cast (Ba et al. 2016)."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    return (normed * scale + bias).astype(x.dtype)
+
+
+def rotary_frequencies(width: int, theta: float) -> np.ndarray:
+    """Radians per position of the width / 2 rotated pairs: 1 / theta^(2j / width) (Su et al. 2021). float32 [R]."""
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    return 1.0 / np.float32(theta) ** exponents
+
+
 def rotary_angles(
-    positions: Int[Array, "B T"], head_dim: int, rope_ratio: float
+    positions: Float[Array, "B T"], width: int, theta: float
 ) -> Float[Array, "B T R"]:
-    """Angles in radians of ChatGLM's half rotary: position / base^(2j / (H/2)), base = 10,000 * rope_ratio."""
-    rotated = head_dim // 2
-    exponents = jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated
-    frequencies = 1.0 / (10_000.0 * rope_ratio) ** exponents
-    return positions.astype(jnp.float32)[..., None] * frequencies
+    """Angles in radians of `width` rotated dimensions."""
+    return positions[..., None] * rotary_frequencies(width, theta)
 
 
 def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T R"]) -> Float[Array, "B T N H"]:
@@ -43,6 +57,16 @@ def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T R"]) -> Float[A
     pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     rotated = pairs.reshape(*x.shape[:-1], half).astype(x.dtype)
     return jnp.concatenate([rotated, x[..., half:]], axis=-1)
+
+
+def rotate_halves(
+    x: Float[Array, "B T N H"], angles: Float[Array, "B T R"]
+) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (j, j + H / 2) of every head."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def attention(
@@ -100,3 +124,19 @@ def gated_mlp(
     hidden = jax.nn.silu(gate) * up
     out = jnp.einsum("RF,FD->RD", hidden, w_down, out_sharding=layout.spec("batch", "embed"))
     return jnp.reshape(out, x.shape, out_sharding=layout.spec("batch", "time", "embed"))
+
+
+def mlp(
+    x: Float[Array, "B T D"],
+    w_in: Float[Array, "D F"],
+    b_in: Float[Array, " F"],
+    w_out: Float[Array, "F D"],
+    b_out: Float[Array, " D"],
+    layout: Layout,
+) -> Float[Array, "B T D"]:
+    """gelu(x W_in + b_in) W_out + b_out, with the tanh form of GELU (Hendrycks & Gimpel 2016). On rows, as above."""
+    rows = jnp.reshape(x, (-1, x.shape[-1]), out_sharding=layout.spec("batch", "embed"))
+    inner = jnp.einsum("RD,DF->RF", rows, w_in, out_sharding=layout.spec("batch", "ffn"))
+    hidden = jax.nn.gelu(inner + b_in, approximate=True)
+    out = jnp.einsum("RF,FD->RD", hidden, w_out, out_sharding=layout.spec("batch", "embed"))
+    return jnp.reshape(out + b_out, x.shape, out_sharding=layout.spec("batch", "time", "embed"))

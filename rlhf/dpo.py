@@ -11,14 +11,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from glm_jax.batch import Pairs, Prompts, Sequences
-from glm_jax.generate import Generation, SamplingConfig
+from glm_jax.generate import Generation, Sampler, SamplingConfig
 from glm_jax.loss import token_logprobs
 from glm_jax.model import CausalLM, apply_model
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.train import Metrics, Report, init_state, language_loss, make_update, num_tokens, train
 from rlhf.heads import ScalarModel, sequence_scores
 from rlhf.reward import interleave
-from rlhf.rollout import Sampler, with_stop
+from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
 

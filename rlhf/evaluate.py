@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.batch import Prompts, Sequences
+from glm_jax.generate import Sampler
 from glm_jax.loss import token_logprobs
 from glm_jax.model import CausalLM, apply_model
-from glm_jax.tokenizer import ChatGLM3Tokenizer
-from rlhf.rollout import Sampler
+from glm_jax.tokenizers import Tokenizer
 from sharding.errors import UserError
 from sharding.layout import Layout
 
@@ -96,7 +96,7 @@ def answer(
     prompt_texts: Sequence[str],
     sample: Sampler,
     judge: Judge,
-    tokenizer: ChatGLM3Tokenizer,
+    tokenizer: Tokenizer,
     key: jax.Array,
     layout: Layout,
 ) -> Answers:

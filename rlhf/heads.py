@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.batch import Sequences
-from glm_jax.model import Trunk, apply_trunk
+from glm_jax.trunk import Segments, Trunk
 from sharding.layout import Layout
 
 
@@ -26,10 +26,10 @@ def scalar_model(trunk: Trunk, layout: Layout, key: jax.Array) -> ScalarModel:
 
 
 def apply_scalar(
-    model: ScalarModel, ids: Int[Array, "B T"], valid: Bool[Array, "B T"], layout: Layout
+    model: ScalarModel, ids: Int[Array, "B T"], segments: Segments, layout: Layout
 ) -> Float[Array, "B T"]:
     """The head's float32 value at every position, having seen that token and what precedes it."""
-    hidden = apply_trunk(model.trunk, ids, valid, layout)
+    hidden = model.trunk(ids, segments, layout)
     return jnp.einsum("BTD,D->BT", hidden.astype(jnp.float32), model.w_scalar)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from glm_jax.batch import Prompts, Sequences
-from glm_jax.generate import Generation, SamplingConfig
+from glm_jax.generate import Generation, Sampler, SamplingConfig
 from glm_jax.loss import aligned, masked_mean, token_kl, token_logprobs
 from glm_jax.model import CausalLM, apply_model
 from glm_jax.optim import OptimConfig, make_optimizer
@@ -30,7 +30,7 @@ from glm_jax.train import (
     to_host,
 )
 from rlhf.heads import ScalarModel, apply_scalar, last_token, sequence_scores
-from rlhf.rollout import Sampler, with_stop
+from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
 

@@ -1,40 +1,10 @@
-"""Answers of a policy and their scores."""
-
-from collections.abc import Callable
+"""Answers of a policy, made ready for scoring."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from glm_jax.batch import Prompts, Sequences
-from glm_jax.config import GLMConfig
-from glm_jax.generate import Generation, SamplingConfig, generate
-from glm_jax.model import CausalLM, init_model, restack
-from sharding.layout import Layout
-
-Sampler = Callable[[CausalLM, Prompts, jax.Array], Generation]
-
-
-def make_sampler(
-    config: GLMConfig, sampling: SamplingConfig, stop_ids: tuple[int, ...], layout: Layout
-) -> Sampler:
-    """The jitted program (policy, prompts, key) -> Generation, all of it laid out for training.
-
-    Inside, policy and prompts move to the generation layout on the same devices and the answers move back.
-    """
-    generation = layout.for_generation()
-    like = jax.eval_shape(lambda key: init_model(config, generation, key), jax.random.key(0))
-
-    def rows(x: jax.Array, to: Layout) -> jax.Array:
-        return jax.sharding.reshard(x, to.spec("batch", *[None] * (x.ndim - 1)))
-
-    @jax.jit
-    def sample(policy: CausalLM, prompts: Prompts, key: jax.Array) -> Generation:
-        prompts = jax.tree.map(lambda x: rows(x, generation), prompts)
-        answers = generate(restack(policy, like), prompts, key, sampling, stop_ids, generation)
-        return jax.tree.map(lambda x: rows(x, layout), answers)
-
-    return sample
+from glm_jax.batch import Sequences
 
 
 def with_stop(sequences: Sequences, ended: Bool[Array, " B"], stop_id: int) -> Sequences:

@@ -10,10 +10,20 @@ import jax
 import numpy as np
 
 from glm_jax.batch import Pairs, Prompts, Sequences
-from glm_jax.config import GLMConfig, read_config
-from glm_jax.hf import load_model, save_model
+from glm_jax.config import Config
+from glm_jax.convert import (
+    Card,
+    card_of,
+    companion_directory,
+    export_hf,
+    load_model,
+    read_shape,
+    save_model,
+)
+from glm_jax.generate import make_sampler
+from glm_jax.hf_config import Tokens, default_form
 from glm_jax.model import CausalLM, init_model
-from glm_jax.tokenizer import ChatGLM3Tokenizer
+from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer, load_tokenizer
 from rlhf.data.batches import in_order, pair_rows, prompt_rows, sft_rows, shuffled
 from rlhf.data.prepare import prepare
 from rlhf.data.records import Splits, prompt_text
@@ -23,7 +33,6 @@ from rlhf.heads import ScalarModel, scalar_model
 from rlhf.ppo import Models, reference_scores, train_ppo
 from rlhf.recipe import Recipe
 from rlhf.reward import evaluate_reward, train_reward
-from rlhf.rollout import make_sampler
 from rlhf.runlog import RunLog, write_json
 from rlhf.sft import train_sft
 from sharding import checkpoint
@@ -55,7 +64,7 @@ def check(recipe: Recipe) -> Layout:
     """The recipe's layout on the devices there are. Raises UserError, before any work, for what cannot run."""
     layout = get_layout(recipe.layout, recipe.devices)
     layout.mesh()  # enough devices?
-    shape = recipe.model if recipe.pretrained is None else read_config(recipe.pretrained)
+    shape = recipe.model if recipe.pretrained is None else read_shape(recipe.pretrained)
     shape.check(layout)
     check_context(shape, "length", recipe.length)
     for sampling in (recipe.ppo.sampling, recipe.dpo.sampling):
@@ -72,7 +81,7 @@ def check(recipe: Recipe) -> Layout:
     return layout
 
 
-def check_context(shape: GLMConfig, name: str, tokens: int) -> None:
+def check_context(shape: Config, name: str, tokens: int) -> None:
     """Raise UserError where sequences of `tokens` tokens do not fit the model's context."""
     if tokens > shape.max_length:
         raise UserError(
@@ -110,7 +119,8 @@ class _Run:
         ppo, ppo_summary = self.train_ppo(sft, reward)
         dpo = self.train_dpo(sft, reward)
         with log.stage("export"):
-            save_model(ppo, self.directory / "hf", self.tokenizer.save)
+            checkpoints = self.directory / "checkpoints"
+            export_hf(checkpoints / "ppo", self.directory / "hf", None, "keep", None, log.note)
         policies, samples = self.evaluate({"sft": sft, "ppo": ppo, "dpo": dpo})
         policies["ppo"] |= ppo_summary
         summary = {
@@ -140,10 +150,10 @@ class _Run:
                     f"length = {self.recipe.length} tokens and are left out"
                 )
 
-    def load_tokenizer(self, splits: Splits) -> ChatGLM3Tokenizer:
+    def load_tokenizer(self, splits: Splits) -> Tokenizer:
         """The pretrained model's tokenizer, or one trained on the training split."""
         if self.recipe.pretrained is not None:
-            return ChatGLM3Tokenizer.load(self.recipe.pretrained)
+            return load_tokenizer(companion_directory(self.recipe.pretrained))
         texts = (prompt_text(record.prompt) + record.response for record in splits.sft.train)
         return ChatGLM3Tokenizer.train(texts, self.recipe.model.vocab_size)
 
@@ -154,7 +164,18 @@ class _Run:
             return load_model(recipe.pretrained, layout, recipe.model.compute_dtype)
         return jax.jit(partial(init_model, recipe.model, layout))(self.key("init"))
 
-    def make_samplers(self, config: GLMConfig) -> dict[str, Any]:
+    def save(self, name: str, model: CausalLM) -> None:
+        """A checkpoint that `glm-jax export`, `chat` and `generate` can read."""
+        config = model.trunk.config
+        if self.recipe.pretrained is None:
+            tokens = Tokens(self.tokenizer.eos_id, self.tokenizer.pad_id)
+            card = Card(config, default_form(config), tokens)
+        else:
+            card = card_of(self.recipe.pretrained)
+        directory = self.directory / "checkpoints" / name
+        save_model(model, self.layout, card, directory, self.tokenizer.save)
+
+    def make_samplers(self, config: Config) -> dict[str, Any]:
         """Sampling programs by purpose; equal settings share one, so that it compiles once."""
         stop_ids = self.tokenizer.stop_ids
         make = partial(make_sampler, config, stop_ids=stop_ids, layout=self.layout)
@@ -171,7 +192,7 @@ class _Run:
         with self.log.stage("sft", total=config.steps) as stage:
             batches = shuffled(self.data.sft, config.batch_size, self.recipe.seed)
             model = train_sft(model, config, batches, self.layout, stage.step)
-            checkpoint.save(self.directory / "checkpoints" / "sft", model)
+            self.save("sft", model)
         return model
 
     def train_reward(self, sft: CausalLM) -> tuple[ScalarModel, dict[str, float | int]]:
@@ -225,9 +246,8 @@ class _Run:
                 layout,
                 report,
             )
-            checkpoint.save(
-                self.directory / "checkpoints" / "ppo", {"actor": actor, "critic": critic}
-            )
+            self.save("ppo", actor)
+            checkpoint.save(self.directory / "checkpoints" / "critic", critic)
         last = history[-max(1, len(history) // 10) :]
         return actor, {
             "kl": float(np.mean([m["kl"] for m in last])),
@@ -263,7 +283,7 @@ class _Run:
                 layout,
                 stage.step,
             )
-            checkpoint.save(self.directory / "checkpoints" / "dpo", model)
+            self.save("dpo", model)
         return model
 
     def evaluate(
@@ -313,7 +333,7 @@ class _Run:
         )
 
 
-def tokenized(splits: Splits, tokenizer: ChatGLM3Tokenizer, recipe: Recipe) -> Data:
+def tokenized(splits: Splits, tokenizer: Tokenizer, recipe: Recipe) -> Data:
     """The splits as token arrays. Raises UserError on a record that is too long."""
     heldout = splits.prompts.heldout[: recipe.evaluate.num_prompts]
     sft = partial(sft_rows, tokenizer=tokenizer, length=recipe.length)

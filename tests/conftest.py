@@ -8,7 +8,7 @@ import jaxtyping
 import pytest
 
 if TYPE_CHECKING:  # importing it for real comes after the hook below
-    from glm_jax.config import GLMConfig
+    from glm_jax.config import GLMConfig, GLMV1Config
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -51,4 +51,22 @@ def small() -> "GLMConfig":
         head_dim=8,
         ffn_size=64,
         max_length=64,
+    )
+
+
+@pytest.fixture(scope="session")
+def small_v1() -> "GLMV1Config":
+    """The same in ChatGLM-6B's architecture; its special tokens are 60, 61 and 62."""
+    from glm_jax.config import GLMV1Config
+
+    return GLMV1Config(
+        vocab_size=64,
+        hidden_size=64,
+        num_layers=4,
+        num_heads=8,
+        ffn_size=64,
+        max_length=64,
+        mask_id=60,
+        gmask_id=61,
+        sop_id=62,
     )

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 
 from glm_jax.batch import Pairs, Prompts, Sequences
-from glm_jax.tokenizer import ChatGLM3Tokenizer, pad_left, pad_right
+from glm_jax.tokenizers import Tokenizer, pad_left, pad_right
 from rlhf.data.records import Example, Preference, Prompt, prompt_text
 from sharding.errors import UserError
 
 Rows = TypeVar("Rows", bound=tuple[Any, ...])  # any NamedTuple of arrays [N, ...], or of such
 
 
-def sft_rows(records: Sequence[Example], tokenizer: ChatGLM3Tokenizer, length: int) -> Sequences:
+def sft_rows(records: Sequence[Example], tokenizer: Tokenizer, length: int) -> Sequences:
     """Tokenise conversations, padded right to `length`; every answer's tokens are targets.
 
     Those of more than `length` tokens are left out: a cut answer would teach not to stop. Raises
@@ -37,7 +37,7 @@ def sft_rows(records: Sequence[Example], tokenizer: ChatGLM3Tokenizer, length: i
     return Sequences(ids, valid, target.astype(bool))
 
 
-def pair_rows(records: Sequence[Preference], tokenizer: ChatGLM3Tokenizer, length: int) -> Pairs:
+def pair_rows(records: Sequence[Preference], tokenizer: Tokenizer, length: int) -> Pairs:
     """Tokenise pairs, padded right to `length`; only the two answers are targets, not earlier ones.
 
     Pairs with an answer that makes more than `length` tokens are left out. Raises UserError where
@@ -64,9 +64,7 @@ def pair_rows(records: Sequence[Preference], tokenizer: ChatGLM3Tokenizer, lengt
     return Pairs(chosen=rows(sides[0]), rejected=rows(sides[1]))
 
 
-def prompt_rows(
-    records: Sequence[Prompt], tokenizer: ChatGLM3Tokenizer, prompt_length: int
-) -> Prompts:
+def prompt_rows(records: Sequence[Prompt], tokenizer: Tokenizer, prompt_length: int) -> Prompts:
     """Tokenise prompts, padded left to `prompt_length`; `row` is the row number in `records`.
 
     Raises UserError naming the first prompt of more than `prompt_length` tokens.

@@ -1,32 +1,54 @@
 """Cached decoding against recomputation; sampling that depends on nothing but its own row."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from glm_jax.batch import Prompts
-from glm_jax.config import GLMConfig
-from glm_jax.generate import Generation, SamplingConfig, generate
+from glm_jax.config import Config, GLMConfig, GLMV1Config
+from glm_jax.generate import Generation, SamplingConfig, generate, stream, warp
 from glm_jax.loss import token_logprobs
 from glm_jax.model import CausalLM, apply_model, init_model
+from sharding.errors import UserError
 from sharding.layout import Layout
 
 LAYOUT = Layout()
 
 
+def _draw(config: Config) -> CausalLM:
+    with jax.set_mesh(LAYOUT.mesh()):
+        drawn = jax.jit(lambda key: init_model(config, LAYOUT, key))(jax.random.key(1))
+        # spread the logits, so that the most probable token is not a matter of rounding
+        if drawn.w_head is None:
+            drawn.trunk.embedding = drawn.trunk.embedding * 50.0
+        else:
+            drawn.w_head = drawn.w_head * 50.0
+        return drawn
+
+
 @pytest.fixture(scope="module")
 def model(small: GLMConfig) -> CausalLM:
-    with jax.set_mesh(LAYOUT.mesh()):
-        drawn = jax.jit(lambda key: init_model(small, LAYOUT, key))(jax.random.key(1))
-        # spread the logits, so that the most probable token is not a matter of rounding
-        drawn.w_head = drawn.w_head * 50.0
-        return drawn
+    return _draw(small)
+
+
+@pytest.fixture(scope="module", params=["ChatGLM-6B", "ChatGLM2-32k", "ChatGLM3", "GLM-4-0414"])
+def any_model(request: pytest.FixtureRequest, small: GLMConfig, small_v1: GLMV1Config) -> CausalLM:
+    shapes: dict[str, Config] = {
+        "ChatGLM-6B": small_v1,
+        "ChatGLM2-32k": dataclasses.replace(small, position_scale=4.0),
+        "ChatGLM3": small,
+        "GLM-4-0414": dataclasses.replace(small, sandwich_norms=True, qkv_bias=False),
+    }
+    return _draw(shapes[request.param])
 
 
 def _prompts() -> Prompts:
     rng = np.random.default_rng(0)
-    ids = rng.integers(3, 64, (4, 6)).astype(np.int32)
+    ids = rng.integers(3, 60, (4, 6)).astype(np.int32)
+    ids[:, -2:] = 61, 62  # [gMASK]<sop>, which ChatGLM-6B cannot do without
     valid = np.arange(6) >= np.array([0, 2, 3, 5])[:, None]
     return Prompts(np.where(valid, ids, 0), valid, np.arange(4, dtype=np.int32))
 
@@ -41,8 +63,8 @@ def _run(
     return answers
 
 
-def test_greedy_cache_equals_recomputing_the_sequence_at_every_step(model: CausalLM) -> None:
-    prompts = _prompts()
+def test_greedy_cache_equals_recomputing_the_sequence_at_every_step(any_model: CausalLM) -> None:
+    model, prompts = any_model, _prompts()
     answers = _run(model, prompts, 0.0)
     forward = jax.jit(apply_model, static_argnums=3)
     with jax.set_mesh(LAYOUT.mesh()):
@@ -68,6 +90,61 @@ def test_sampled_logprobs_are_those_of_the_trainer(model: CausalLM, temperature:
     np.testing.assert_allclose(answers.logp, np.where(answers.sequences.target, logp, 0), atol=2e-5)
 
 
+def _warp_by_hand(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+    scaled = [x / temperature for x in logits]
+    order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
+    kept = order[: top_k or len(order)]
+    weights = [float(np.exp(scaled[i])) for i in kept]
+    nucleus, reached = [], 0.0
+    for i, weight in zip(kept, weights, strict=True):
+        if reached >= top_p * sum(weights):
+            break
+        nucleus.append(i)
+        reached += weight
+    return [x if i in nucleus else -np.inf for i, x in enumerate(scaled)]
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, 99])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 1.0])
+def test_top_k_and_top_p_against_a_loop(top_k: int, top_p: float) -> None:
+    logits = np.random.default_rng(3).normal(size=(6, 20)).astype(np.float32) * 2
+    ours = warp(jnp.asarray(logits), SamplingConfig(1, 0.7, top_k, top_p))
+    by_hand = [_warp_by_hand(row.tolist(), 0.7, top_k, top_p) for row in logits]
+    np.testing.assert_allclose(np.asarray(ours), by_hand, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"temperature": -1.0}]
+)
+def test_sampling_out_of_range_is_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=f"sampling.{next(iter(settings))} = .* is out of range"):
+        SamplingConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_nucleus_of_nothing_else_is_greedy(model: CausalLM) -> None:
+    greedy = _run(model, _prompts(), 0.0).sequences
+    sampling = SamplingConfig(max_new_tokens=10, top_p=1e-6)
+    with jax.set_mesh(LAYOUT.mesh()):
+        program = jax.jit(lambda m, p, k: generate(m, p, k, sampling, (), LAYOUT))
+        answers = jax.device_get(program(model, _prompts(), jax.random.key(7)))
+    np.testing.assert_array_equal(answers.sequences.ids, greedy.ids)
+    assert np.abs(answers.logp).max() == 0.0  # the one token left has probability 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_gives_the_tokens_of_generate(any_model: CausalLM, temperature: float) -> None:
+    prompts = jax.tree.map(lambda x: x[:1], _prompts())
+    free = _run(any_model, prompts, temperature).sequences.ids[0, 6:].tolist()
+    stop = (free[4],)
+    sampling = SamplingConfig(max_new_tokens=10, temperature=temperature)
+    with jax.set_mesh(LAYOUT.mesh()):
+        prompt = prompts.ids[0].tolist()
+        whole = list(stream(any_model, prompt, jax.random.key(7), sampling, (), LAYOUT))
+        cut = list(stream(any_model, prompt, jax.random.key(7), sampling, stop, LAYOUT))
+    assert whole == free
+    assert cut == free[: free.index(stop[0]) + 1]
+
+
 def test_a_row_stops_at_its_stop_token_and_only_there(model: CausalLM) -> None:
     free = _run(model, _prompts(), 1.0).sequences
     stop = int(free.ids[0, 9])  # the fourth token of row 0's answer
@@ -82,8 +159,8 @@ def test_a_row_stops_at_its_stop_token_and_only_there(model: CausalLM) -> None:
     assert answers.ended[0]
 
 
-def test_an_answer_does_not_depend_on_padding(model: CausalLM) -> None:
-    prompts = _prompts()
+def test_an_answer_does_not_depend_on_padding(any_model: CausalLM) -> None:
+    model, prompts = any_model, _prompts()
     ids, valid = (np.pad(x, ((0, 0), (3, 0))) for x in (prompts.ids, prompts.valid))
     wider = Prompts(ids, valid, prompts.row)
     ours, theirs = _run(model, prompts, 1.0), _run(model, wider, 1.0)
@@ -93,8 +170,9 @@ def test_an_answer_does_not_depend_on_padding(model: CausalLM) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("amount", [1, 5])
-def test_padding_changes_no_logprob(model: CausalLM, side: str, amount: int) -> None:
-    ids = np.random.default_rng(1).integers(3, 64, (3, 8)).astype(np.int32)
+def test_padding_changes_no_logprob(any_model: CausalLM, side: str, amount: int) -> None:
+    model, ids = any_model, np.random.default_rng(1).integers(3, 60, (3, 8)).astype(np.int32)
+    ids[:, 2:4] = 61, 62
     pad = {"left": (amount, 0), "right": (0, amount), "both": (amount, amount)}[side]
     padded, valid = (np.pad(x, ((0, 0), pad)) for x in (ids, np.ones_like(ids, bool)))
     with jax.set_mesh(LAYOUT.mesh()):

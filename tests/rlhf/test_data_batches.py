@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glm_jax.batch import Pairs, Prompts, Sequences
-from glm_jax.tokenizer import ChatGLM3Tokenizer
+from glm_jax.tokenizers import ChatGLM3Tokenizer
 from rlhf.data.batches import in_order, pair_rows, prompt_rows, sft_rows, shuffled
 from rlhf.data.records import Example, Preference, Prompt, user_turn
 from sharding.errors import UserError

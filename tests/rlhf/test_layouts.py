@@ -12,14 +12,13 @@ import pytest
 
 from glm_jax.batch import Pairs, Prompts, Sequences
 from glm_jax.config import GLMConfig
-from glm_jax.generate import SamplingConfig
+from glm_jax.generate import SamplingConfig, make_sampler
 from glm_jax.model import init_model
 from glm_jax.optim import OptimConfig
 from rlhf.dpo import DPOConfig, LabelledPairs, train_dpo
 from rlhf.heads import scalar_model
 from rlhf.ppo import Models, PPOConfig, train_ppo
 from rlhf.reward import RewardConfig, train_reward
-from rlhf.rollout import make_sampler
 from rlhf.sft import SFTConfig, train_sft
 from sharding.layout import LAYOUTS, Layout, get_layout
 

@@ -11,7 +11,7 @@ import pytest
 
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.config import GLMConfig
-from glm_jax.generate import Generation, SamplingConfig
+from glm_jax.generate import Generation, SamplingConfig, make_sampler
 from glm_jax.model import CausalLM, init_model
 from glm_jax.train import Metrics
 from rlhf.heads import ScalarModel, apply_scalar, scalar_model
@@ -26,7 +26,7 @@ from rlhf.ppo import (
     shaped_rewards,
     value_loss,
 )
-from rlhf.rollout import make_sampler, with_stop
+from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
 
@@ -115,6 +115,7 @@ def test_an_answer_that_was_cut_off_gets_a_stop_token_to_be_scored_at() -> None:
 def models(small: GLMConfig) -> Iterator[Models]:
     with jax.set_mesh(LAYOUT.mesh()):
         policy: CausalLM = jax.jit(partial(init_model, small, LAYOUT))(jax.random.key(0))
+        assert policy.w_head is not None
         policy.w_head = policy.w_head * 30.0
         scorer: ScalarModel = scalar_model(policy.trunk, LAYOUT, jax.random.key(1))
         yield Models(actor=policy, critic=scorer, reference=policy, reward=scorer)

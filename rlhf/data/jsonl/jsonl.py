@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_jax.tokenizer import ROLES
+from glm_jax.tokenizers import ROLES
 from rlhf.data.records import (
     Example,
     Messages,

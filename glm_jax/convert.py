@@ -1,0 +1,439 @@
+"""Hugging Face directories in and out of checkpoints.
+
+A checkpoint is a directory:
+
+    model.json   the shape, the form it came in, its special tokens
+    weights/     the Orbax tree of a CausalLM, its layers [1, layer, ...]
+    hf/          what the original repository holds beside its weights: config.json, tokenizer files, ...
+    hf/buffers/  its tensors that are no parameters
+    import.json  a hash of every tensor that was read, where they were kept as they are
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from glm_jax import hf
+from glm_jax.config import Config, GLMConfig, GLMV1Config
+from glm_jax.hf_config import RELEASED_TOKENS, Form, Tokens, form_of, from_hf, read_fields, to_hf
+from glm_jax.model import CausalLM, init_model, restack
+from sharding import checkpoint
+from sharding.disk.directory import explained, new_directory, write_json
+from sharding.disk.find import INDEXES, find_tensors
+from sharding.disk.manifest import (
+    Entry,
+    differing,
+    hash_tensors,
+    read_entries,
+    write_entries,
+    write_manifest,
+)
+from sharding.disk.writer import ShardWriter, Spec
+from sharding.errors import UserError
+from sharding.layout import Layout
+
+DTYPES: Mapping[str, np.dtype | None] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "keep": None,
+}
+# what a repository holds beside weights: configs, tokenizers, remote code, licences, model cards
+COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.md", "*LICENSE*")
+OURS = {"manifest.json", *INDEXES}
+THREADS = 2  # one reads while another computes; each holds one layer of one tensor
+Tell = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a checkpoint's model.json says."""
+
+    config: Config
+    form: Form
+    tokens: Tokens
+
+    def write(self, directory: Path) -> None:
+        """Write model.json."""
+        fields = dataclasses.asdict(self.config)
+        del fields["compute_dtype"]  # of a run, not of a model
+        card = {
+            "architecture": type(self.config).__name__,
+            "config": fields,
+            "form": self.form.name,
+            "tokens": dataclasses.asdict(self.tokens),
+        }
+        write_json(directory / "model.json", card)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Card":
+        """Read model.json. Raises UserError where it is missing or not what `write` writes."""
+        path = directory / "model.json"
+        architectures: Mapping[str, type[Config]] = {
+            "GLMConfig": GLMConfig,
+            "GLMV1Config": GLMV1Config,
+        }
+        try:
+            card = json.loads(path.read_text(encoding="utf-8"))
+            config = architectures[card["architecture"]](**card["config"])
+            return cls(config, Form[card["form"]], Tokens(**card["tokens"]))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; give a checkpoint") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether this is one of our checkpoints, not a Hugging Face directory."""
+    return (directory / "model.json").exists()
+
+
+def card_of(directory: Path) -> Card:
+    """What a checkpoint or a Hugging Face directory holds. Raises UserError."""
+    if is_checkpoint(directory):
+        return Card.read(directory)
+    fields, where = read_fields(directory), str(directory / "config.json")
+    config, form = from_hf(fields, where), form_of(fields, where)
+    released = RELEASED_TOKENS[form]
+    tokens = Tokens(
+        fields.get("eos_token_id", released.eos), fields.get("pad_token_id", released.pad)
+    )
+    return Card(config, form, tokens)
+
+
+def companion_directory(directory: Path) -> Path:
+    """Where the tokenizer files of a checkpoint or a Hugging Face directory are."""
+    return directory / "hf" if is_checkpoint(directory) else directory
+
+
+def read_shape(directory: Path) -> Config:
+    """The shape of the model in a checkpoint or a Hugging Face directory. Raises UserError."""
+    return card_of(directory).config
+
+
+def open_source(directory: Path) -> hf.Source:
+    """The tensors of a Hugging Face directory, checked against its config.json. Raises UserError."""
+    card = card_of(directory)
+    tensors = find_tensors(directory)
+    shapes = {name: stored.shape for name, stored in tensors.items()}
+    hf.check_tensors(card.config, card.form, shapes, str(directory))
+    return hf.Source(card.config, card.form, tensors)
+
+
+def load_model(
+    directory: Path, layout: Layout, compute_dtype: str = "float32", dtype: str = "float32"
+) -> CausalLM:
+    """The model of a checkpoint or a Hugging Face directory, split as `layout` says on the current mesh.
+
+    `dtype` is that of the weights ("keep": as stored). Raises UserError.
+    """
+    wanted = DTYPES[dtype]
+    if not is_checkpoint(directory):
+        source = open_source(directory)
+        config = dataclasses.replace(source.config, compute_dtype=compute_dtype)
+        config.check(layout)
+        return hf.load_weights(dataclasses.replace(source, config=config), layout, wanted)
+    config = dataclasses.replace(Card.read(directory).config, compute_dtype=compute_dtype)
+    config.check(layout)
+    stored = checkpoint.shapes(directory / "weights")
+    flat = _unstaged(layout)
+
+    def typed(path: tuple[jax.tree_util.KeyEntry, ...], x: Any) -> Any:
+        keys = _keys(jax.tree_util.keystr(path))
+        if keys not in stored:
+            raise UserError(f"{directory}: {'.'.join(keys)} is not among its weights")
+        return jax.ShapeDtypeStruct(x.shape, wanted or stored[keys].dtype, sharding=x.sharding)
+
+    like = jax.tree_util.tree_map_with_path(typed, _shapes(config, flat))
+    model = checkpoint.restore(directory / "weights", like)
+    if layout.ways("stage") == 1:
+        return model
+    return jax.jit(partial(restack, like=_shapes(config, layout)), donate_argnums=0)(model)
+
+
+def save_model(
+    model: CausalLM,
+    layout: Layout,
+    card: Card,
+    directory: Path,
+    save_tokenizer: Callable[[Path], Any],
+) -> None:
+    """Write a checkpoint of a model that lies on the current mesh as `layout` says; whole or not at all."""
+    flat = _unstaged(layout)
+    if layout.ways("stage") > 1:
+        model = jax.jit(partial(restack, like=_shapes(model.trunk.config, flat)))(model)
+    with new_directory(directory, replace=True) as partial_directory:
+        checkpoint.save(partial_directory / "weights", model)
+        card.write(partial_directory)
+        (partial_directory / "hf").mkdir()
+        save_tokenizer(partial_directory / "hf")
+
+
+def _shapes(config: Config, layout: Layout) -> CausalLM:
+    return jax.eval_shape(partial(init_model, config, layout), jax.random.key(0))
+
+
+def _unstaged(layout: Layout) -> Layout:
+    """The layout in which models are kept: [1, layer, ...], a pipeline's stages being shards of the layers."""
+    moved = {"stage": (), "layer": layout.axes("stage") if layout.ways("stage") > 1 else ()}
+    rules = tuple((name, moved.get(name, axes)) for name, axes in layout.rules)
+    return dataclasses.replace(layout, rules=rules, microbatches=1)
+
+
+def _keys(path: str) -> checkpoint.Keys:
+    """(".trunk.embedding") -> ("trunk", "embedding")."""
+    return tuple(path.strip(".").split("."))
+
+
+# Import -----------------------------------------------------------------------------------------------------------
+
+
+def import_hf(directory: Path, out: Path, dtype: str, layout: Layout | None, tell: Tell) -> None:
+    """A Hugging Face directory becomes the checkpoint `out`, whole or not at all. Raises UserError.
+
+    Args:
+        directory: holds config.json and weights.
+        out: must not exist.
+        dtype: a key of DTYPES.
+        layout: split the model over the current mesh while converting; None: one layer of one tensor at a time on
+            the host.
+        tell: receives what is worth knowing, a line at a time.
+    """
+    source = open_source(directory)
+    wanted = DTYPES[dtype]
+    card = card_of(directory)
+    check_space(out, hf.num_parameters(source.config) * (wanted or _dtype_of(source)).itemsize)
+    with new_directory(out) as partial_directory, ThreadPoolExecutor(1) as pool:
+        hashes = pool.submit(hash_tensors, source.tensors)
+        if layout is None:
+            _stream(source, wanted, partial_directory / "weights")
+        else:
+            source.config.check(layout)
+            flat = _unstaged(layout)
+            checkpoint.save(partial_directory / "weights", hf.load_weights(source, flat, wanted))
+        card.write(partial_directory)
+        _keep_companions(directory, source, partial_directory / "hf")
+        entries = hashes.result()
+        _check_copies(source, entries)
+        write_entries(partial_directory / "import.json", entries)
+    tell(f"{out}: {hf.num_parameters(source.config):,} parameters of {source.form.value}")
+
+
+def _dtype_of(source: hf.Source) -> np.dtype:
+    name, _, _ = next(hf.tensor_names(source.config, source.form))
+    return source.tensors[name].dtype
+
+
+def check_space(path: Path, wanted: int) -> None:
+    """Raise UserError where the file system of `path` has no room for `wanted` bytes."""
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if wanted > free:
+        raise UserError(
+            f"cannot write {path}: {wanted / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: "
+            f"make room or write elsewhere"
+        )
+
+
+def _stream(source: hf.Source, dtype: np.dtype | None, path: Path) -> None:
+    """Read, turn and write one layer of one weight at a time."""
+    config = source.config
+    arrays, stacked = {}, set()
+    for name, shape in hf.weight_shapes(config).items():
+        kind = dtype or source.stored(name, 0).dtype
+        if name.startswith(hf.BLOCK):
+            shape = (1, config.num_layers, *shape)
+            stacked.add(_keys(name))
+        arrays[_keys(name)] = jax.ShapeDtypeStruct(shape, kind)
+    leaves = checkpoint.create(path, arrays, stacked)
+
+    def move(name: str, layer: int) -> None:
+        keys = _keys(name)
+        whole = tuple(slice(None) for _ in hf.weight_shapes(config)[name])
+        weight = source.read(name, layer, whole).astype(arrays[keys].dtype, copy=False)
+        leaves[keys].write(weight, *((0, layer) if keys in stacked else ()))
+
+    jobs = [
+        (name, layer)
+        for name in hf.weight_shapes(config)
+        for layer in range(config.num_layers if name.startswith(hf.BLOCK) else 1)
+    ]
+    _in_threads(move, jobs)
+
+
+def _in_threads(work: Callable[..., None], jobs: Iterable[tuple[Any, ...]]) -> None:
+    """Do all jobs; the first error ends them, and is raised."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        futures: list[Future[None]] = [pool.submit(work, *job) for job in jobs]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _keep_companions(directory: Path, source: hf.Source, to: Path) -> None:
+    with explained(to):
+        to.mkdir()
+        for path in companions(directory):
+            shutil.copyfile(path, to / path.name)
+        buffers = [t for name, t in source.tensors.items() if hf.BUFFERS.fullmatch(name)]
+        if not buffers:
+            return
+        (to / "buffers").mkdir()
+        specs = [Spec(t.name, t.dtype, t.shape) for t in buffers]
+        with ShardWriter(to / "buffers", specs) as writer:
+            for stored in buffers:
+                writer.put(stored.name, stored.read())
+
+
+def companions(directory: Path) -> list[Path]:
+    """The files of a repository that are neither weights nor an index of them."""
+    found = {path for pattern in COMPANIONS for path in directory.glob(pattern)}
+    return sorted(path for path in found if path.is_file() and path.name not in OURS)
+
+
+def _check_copies(source: hf.Source, entries: Mapping[str, Entry]) -> None:
+    """Raise UserError where a second copy of a weight is another one: the original ties them when it loads."""
+    rows = hf.table(source.config, source.form)
+    for row in rows:
+        if not row.copy or row.tensor not in entries:
+            continue
+        held = next(r.tensor for r in rows if r.pieces == row.pieces and not r.copy)
+        if entries[row.tensor].sha256 != entries[held].sha256:
+            raise UserError(
+                f"{source.tensors[row.tensor].path}: {row.tensor} is not equal to {held}, which the model uses "
+                f"in its place: the checkpoint was not saved by the original code"
+            )
+
+
+# Export -----------------------------------------------------------------------------------------------------------
+
+
+def export_hf(
+    directory: Path,
+    out: Path,
+    form: Form | None,
+    dtype: str,
+    max_shard_bytes: int | None,
+    tell: Tell,
+) -> None:
+    """A checkpoint becomes the Hugging Face directory `out`, whole or not at all. Raises UserError.
+
+    Args:
+        directory: a checkpoint.
+        out: must not exist.
+        form: None: the one it came in.
+        dtype: a key of DTYPES.
+        max_shard_bytes: a weight file does not grow larger, unless a single tensor does.
+        tell: receives what is worth knowing, a line at a time.
+    """
+    card = Card.read(directory)
+    form = form or card.form
+    weights = directory / "weights"
+    stored = checkpoint.shapes(weights)
+    kinds = {
+        name: DTYPES[dtype] or np.dtype(stored[_keys(name)].dtype)
+        for name in hf.weight_shapes(card.config)
+    }
+    buffers = _buffers(directory, card, form, kinds[".trunk.embedding"])
+    origin = _imported(directory) if form is card.form else {}
+    specs = _specs(card.config, form, kinds, buffers, list(origin))
+    check_space(out, sum(spec.nbytes for spec in specs))
+    original = directory / "hf" / "config.json"
+    config_text = _config_text(card, form, kinds[".trunk.embedding"], original)
+    with new_directory(out) as partial_directory:
+        with ShardWriter(partial_directory, specs, max_shard_bytes) as writer:
+            for name, buffer in buffers.items():
+                writer.put(name, buffer)
+            _write_tensors(card.config, form, kinds, weights, writer)
+        with explained(partial_directory):
+            for path in companions(directory / "hf"):
+                if path.name != "config.json" and (form is card.form or path.suffix != ".py"):
+                    shutil.copyfile(path, partial_directory / path.name)
+            (partial_directory / "config.json").write_bytes(config_text)
+        write_manifest(partial_directory, writer.entries)
+    _compare(out, writer.entries, origin, tell)
+
+
+def _imported(directory: Path) -> dict[str, Entry]:
+    """Hashes of the tensors that the checkpoint was made of; none where it was trained here."""
+    path = directory / "import.json"
+    return read_entries(path) if path.exists() else {}
+
+
+def _buffers(directory: Path, card: Card, form: Form, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The original's buffers where it had some, else those that follow from the shape."""
+    kept = directory / "hf" / "buffers"
+    if form is card.form and kept.exists():
+        return {name: stored.read() for name, stored in find_tensors(kept).items()}
+    if form is card.form and (directory / "import.json").exists():
+        return {}  # the original came without
+    return hf.make_buffers(card.config, form, dtype)
+
+
+def _specs(
+    config: Config,
+    form: Form,
+    kinds: Mapping[str, np.dtype],
+    buffers: Mapping[str, np.ndarray],
+    order: list[str],
+) -> list[Spec]:
+    """What is written, in the order of the original where it is known."""
+    specs = {
+        name: Spec(name, kinds[row.pieces[0].path], hf.tensor_shape(row, config))
+        for name, row, _ in hf.tensor_names(config, form)
+    }
+    specs |= {name: Spec(name, buffer.dtype, buffer.shape) for name, buffer in buffers.items()}
+    known = [specs[name] for name in order if name in specs]
+    return known + [spec for name, spec in specs.items() if name not in order]
+
+
+def _config_text(card: Card, form: Form, dtype: np.dtype, original: Path) -> bytes:
+    """The original config.json byte for byte where it still describes the model, else one in its field order."""
+    fields: dict[str, Any] = {}
+    if form is card.form and original.exists():
+        fields = json.loads(original.read_text(encoding="utf-8"))
+        if fields.get("torch_dtype") == dtype.name:
+            return original.read_bytes()
+        fields["torch_dtype"] = dtype.name
+    fields = fields or to_hf(card.config, form, dtype.name, card.tokens)
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_tensors(
+    config: Config, form: Form, kinds: Mapping[str, np.dtype], weights: Path, writer: ShardWriter
+) -> None:
+    """One layer of one tensor at a time."""
+    leaves = {name: checkpoint.open_leaf(weights, _keys(name)) for name in hf.weight_shapes(config)}
+
+    def move(name: str, row: hf.Row, layer: int) -> None:
+        index = (0, layer) if row.per_layer else ()
+        parts = [
+            leaves[piece.path].read(*index).astype(kinds[piece.path], copy=False)
+            for piece in row.pieces
+        ]
+        writer.put(name, hf.join(row, parts))
+
+    _in_threads(move, hf.tensor_names(config, form))
+
+
+def _compare(
+    out: Path, entries: Mapping[str, Entry], origin: Mapping[str, Entry], tell: Tell
+) -> None:
+    tell(f"{out}: {len(entries)} tensors, hashes in manifest.json")
+    if origin:
+        changed = differing(entries, origin)
+        same = len(set(entries) | set(origin)) - len(changed)
+        first = f", {changed[0]} is the first that is not" if changed else ""
+        tell(f"{same} of {len(origin)} tensors are byte for byte those that were imported{first}")

@@ -1,0 +1,169 @@
+"""ChatGLM-6B: a prefix decoder with two-dimensional rotary positions (Du et al. 2022; Zeng et al. 2023).
+
+What differs from its successors, after the released code:
+* Residual branches start from the *normalised* input, scaled: h = LN(x) * alpha + attention(LN(x)), then
+  LN(h) * alpha + mlp(LN(h)), with alpha = sqrt(2 * 28) whatever the number of layers is.
+* Everything before `<sop>` (the context) is seen by every token of its sequence; from `<sop>` on it is causal.
+* Every token has two positions: where it stands in the context, which stays at the mask token from `<sop>` on; and
+  how far it stands behind the context, 0 within it. One half of each head is rotated by each.
+* The frequencies were rounded to float16 when the model was built, in float32 runs too.
+
+The original divides queries by the layer's number and multiplies the scores by it again: it cancels but for
+float16's range, and is left out here.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from glm_jax.config import GLMV1Config
+from glm_jax.layers import layer_norm, mlp, rotary_frequencies, rotate_halves
+from glm_jax.trunk import Attend, LayerWeights, Places, Trunk, running_sum
+from sharding.layout import Layout
+
+ALPHA = (
+    2 * 28
+) ** 0.5  # a block's default number of layers, which the released model never overrides
+
+
+@nnx.dataclass
+class BlockV1(nnx.Module):
+    """Weights of one transformer layer, or of a stack of them with leading dimensions [stage, layer]."""
+
+    attn_norm: jax.Array = nnx.data()  # D
+    attn_norm_bias: jax.Array = nnx.data()  # D
+    w_q: jax.Array = nnx.data()  # D N H
+    w_k: jax.Array = nnx.data()  # D N H
+    w_v: jax.Array = nnx.data()  # D N H
+    b_q: jax.Array = nnx.data()  # N H
+    b_k: jax.Array = nnx.data()  # N H
+    b_v: jax.Array = nnx.data()  # N H
+    w_o: jax.Array = nnx.data()  # N H D
+    b_o: jax.Array = nnx.data()  # D
+    mlp_norm: jax.Array = nnx.data()  # D
+    mlp_norm_bias: jax.Array = nnx.data()  # D
+    w_in: jax.Array = nnx.data()  # D F
+    b_in: jax.Array = nnx.data()  # F
+    w_out: jax.Array = nnx.data()  # F D
+    b_out: jax.Array = nnx.data()  # D
+
+
+@nnx.dataclass
+class TrunkV1(Trunk):
+    """The trunk of ChatGLM-6B."""
+
+    final_norm_bias: jax.Array = nnx.data()  # D
+
+    position_step: ClassVar[tuple[int, ...]] = (0, 1)
+
+    def places(self, ids: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Places:
+        """Positions and context, read off the special tokens of each segment.
+
+        The mask token is the first [gMASK] up to the token, else the first [MASK]. The original fails on a sequence
+        without `<sop>`; here all of it is context.
+        """
+        config = self.config
+        assert isinstance(config, GLMV1Config)
+        index = running_sum(jnp.ones_like(segments), segments) - 1
+        started = (running_sum((ids == config.sop_id).astype(jnp.int32), segments) > 0).astype(
+            jnp.int32
+        )
+
+        def first(token: int) -> Int[Array, "B T"]:
+            """1 + index of the first `token` so far, 0 where there is none."""
+            here = (ids == token).astype(jnp.int32)
+            is_first = here * (running_sum(here, segments) == 1)
+            return running_sum(is_first * (index + 1), segments)
+
+        gmask, mask = first(config.gmask_id), first(config.mask_id)
+        anchor = jnp.maximum(jnp.where(gmask > 0, gmask, mask) - 1, 0)
+        in_context = jnp.where(started == 1, anchor, index)
+        positions = jnp.stack([in_context, running_sum(started, segments)], axis=-1)
+        return Places(segments, positions, context=1 - started)
+
+    def layer(
+        self, block: BlockV1, x: jax.Array, positions: jax.Array, attend: Attend, layout: Layout
+    ) -> jax.Array:
+        """Attention and MLP on normalised input, each added to alpha times that input."""
+        eps = self.config.norm_eps
+        x = layer_norm(x, block.attn_norm, block.attn_norm_bias, eps)
+        q, k, v = _projections(block, x, positions, layout)
+        spec = layout.spec("batch", "time", "embed")
+        attended = jnp.einsum("BTNH,NHD->BTD", attend(q, k, v), block.w_o, out_sharding=spec)
+        x = x * jnp.asarray(ALPHA, x.dtype) + attended + block.b_o
+        x = layer_norm(x, block.mlp_norm, block.mlp_norm_bias, eps)
+        out = mlp(x, block.w_in, block.b_in, block.w_out, block.b_out, layout)
+        return x * jnp.asarray(ALPHA, x.dtype) + out
+
+    def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """LayerNorm."""
+        return layer_norm(x, self.final_norm, self.final_norm_bias, self.config.norm_eps)
+
+
+def _projections(
+    block: BlockV1, x: jax.Array, positions: Int[Array, "B T 2"], layout: Layout
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys (both rotated) and values [B,T,N,H] of normalised activations."""
+    spec = layout.spec("batch", "time", "heads", "head_dim")
+
+    def project(w: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum("BTD,DNH->BTNH", x, w, out_sharding=spec) + b
+
+    half = block.w_q.shape[-1] // 2
+    frequencies = rotary_frequencies(half, 10_000.0).astype(np.float16).astype(np.float32)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies  # B T 2 R
+
+    def rotated(y: jax.Array) -> jax.Array:
+        by_context = rotate_halves(y[..., :half], angles[:, :, 0])
+        by_answer = rotate_halves(y[..., half:], angles[:, :, 1])
+        return jnp.concatenate([by_context, by_answer], axis=-1)
+
+    q, k = rotated(project(block.w_q, block.b_q)), rotated(project(block.w_k, block.b_k))
+    return q, k, project(block.w_v, block.b_v)
+
+
+def init_trunk_v1(config: GLMV1Config, layout: Layout, key: jax.Array) -> TrunkV1:
+    """Random float32 weights, born with their sharding: N(0, 0.02), output projections / sqrt(2 * layers)."""
+    D, N, H, F = config.hidden_size, config.num_heads, config.head_dim, config.ffn_size
+    weights = LayerWeights(config, layout, key)
+    into_residual = 0.02 / (2 * config.num_layers) ** 0.5
+
+    def heads() -> jax.Array:
+        return weights.normal(0.02, (D, N, H), "embed_weight", "heads", "head_dim")
+
+    def norm(value: float) -> jax.Array:
+        return weights.constant(value, (D,), "norm")
+
+    def head_bias() -> jax.Array:
+        return weights.constant(0.0, (N, H), "heads", "head_dim")
+
+    blocks = BlockV1(
+        attn_norm=norm(1.0),
+        attn_norm_bias=norm(0.0),
+        w_q=heads(),
+        w_k=heads(),
+        w_v=heads(),
+        b_q=head_bias(),
+        b_k=head_bias(),
+        b_v=head_bias(),
+        w_o=weights.normal(into_residual, (N, H, D), "heads", "head_dim", "embed_weight"),
+        b_o=norm(0.0),
+        mlp_norm=norm(1.0),
+        mlp_norm_bias=norm(0.0),
+        w_in=weights.normal(0.02, (D, F), "embed_weight", "ffn"),
+        b_in=weights.constant(0.0, (F,), "ffn"),
+        w_out=weights.normal(into_residual, (F, D), "ffn", "embed_weight"),
+        b_out=norm(0.0),
+    )
+    spec = layout.spec("norm")
+    return TrunkV1(
+        embedding=weights.table(0.02, (config.vocab_size, D), "vocab", "embed_weight"),
+        blocks=blocks,
+        final_norm=jnp.ones((D,), jnp.float32, out_sharding=spec),
+        final_norm_bias=jnp.zeros((D,), jnp.float32, out_sharding=spec),
+        config=config,
+    )

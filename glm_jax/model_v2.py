@@ -1,0 +1,126 @@
+"""ChatGLM2, ChatGLM3, GLM-4 and GLM-4-0414: grouped-query attention, half rotary, RMSNorm, SwiGLU.
+
+The generations differ in shape, in the rotary base, and in where norms stand (`GLMConfig`).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from glm_jax.config import GLMConfig
+from glm_jax.layers import gated_mlp, rms_norm, rotary_angles, rotate
+from glm_jax.trunk import Attend, LayerWeights, Places, Trunk, kv_axis, running_sum
+from sharding.layout import Layout
+
+
+@nnx.dataclass
+class Block(nnx.Module):
+    """Weights of one transformer layer, or of a stack of them with leading dimensions [stage, layer]."""
+
+    attn_norm: jax.Array = nnx.data()  # D
+    w_q: jax.Array = nnx.data()  # D N H
+    w_k: jax.Array = nnx.data()  # D K H
+    w_v: jax.Array = nnx.data()  # D K H
+    b_q: jax.Array | None = nnx.data()  # N H, None without qkv_bias
+    b_k: jax.Array | None = nnx.data()  # K H
+    b_v: jax.Array | None = nnx.data()  # K H
+    w_o: jax.Array = nnx.data()  # N H D
+    attn_out_norm: jax.Array | None = nnx.data()  # D, None without sandwich_norms
+    mlp_norm: jax.Array = nnx.data()  # D
+    w_gate: jax.Array = nnx.data()  # D F
+    w_up: jax.Array = nnx.data()  # D F
+    w_down: jax.Array = nnx.data()  # F D
+    mlp_out_norm: jax.Array | None = nnx.data()  # D, None without sandwich_norms
+
+
+@nnx.dataclass
+class TrunkV2(Trunk):
+    """Pre-norm with plain residuals; GLM-4-0414 also norms what a branch adds to the residual."""
+
+    def places(self, ids: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Places:
+        """Positions count the real tokens of a segment from 0, whichever side the padding stands on."""
+        count = running_sum(jnp.ones_like(segments), segments)
+        return Places(segments, count[..., None] - 1)
+
+    def layer(
+        self, block: Block, x: jax.Array, positions: jax.Array, attend: Attend, layout: Layout
+    ) -> jax.Array:
+        """x + attention(norm(x)), then x + mlp(norm(x))."""
+        config = self.config
+        assert isinstance(config, GLMConfig)
+        eps = config.norm_eps
+        angles = rotary_angles(
+            positions[..., 0] / config.position_scale, config.head_dim // 2, config.rope_theta
+        )
+        q, k, v = _projections(block, rms_norm(x, block.attn_norm, eps), angles, config, layout)
+        spec = layout.spec("batch", "time", "embed")
+        attended = jnp.einsum("BTNH,NHD->BTD", attend(q, k, v), block.w_o, out_sharding=spec)
+        if block.attn_out_norm is not None:
+            attended = rms_norm(attended, block.attn_out_norm, eps)
+        x = x + attended
+        normed = rms_norm(x, block.mlp_norm, eps)
+        out = gated_mlp(normed, block.w_gate, block.w_up, block.w_down, layout)
+        if block.mlp_out_norm is not None:
+            out = rms_norm(out, block.mlp_out_norm, eps)
+        return x + out
+
+    def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """RMSNorm."""
+        return rms_norm(x, self.final_norm, self.config.norm_eps)
+
+
+def _projections(
+    block: Block, x: jax.Array, angles: jax.Array, config: GLMConfig, layout: Layout
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B,T,N,H] and keys (both rotated) and values [B,T,K,H] of normalised activations."""
+    kv = kv_axis(config, layout)
+
+    def project(w: jax.Array, b: jax.Array | None, heads: str | None) -> jax.Array:
+        spec = layout.spec("batch", "time", heads, "head_dim")
+        y = jnp.einsum("BTD,DNH->BTNH", x, w, out_sharding=spec)
+        return y if b is None else y + b
+
+    q = rotate(project(block.w_q, block.b_q, "heads"), angles)
+    k = rotate(project(block.w_k, block.b_k, kv), angles)
+    return q, k, project(block.w_v, block.b_v, kv)
+
+
+def init_trunk_v2(config: GLMConfig, layout: Layout, key: jax.Array) -> TrunkV2:
+    """Random float32 weights, born with their sharding: N(0, 0.02), output projections / sqrt(2 * layers)."""
+    D, N, K, H, F = (
+        config.hidden_size,
+        config.num_heads,
+        config.num_kv_groups,
+        config.head_dim,
+        config.ffn_size,
+    )
+    kv = kv_axis(config, layout)
+    weights = LayerWeights(config, layout, key)
+    into_residual = 0.02 / (2 * config.num_layers) ** 0.5
+
+    def bias(heads: int, axis: str | None) -> jax.Array | None:
+        return weights.constant(0.0, (heads, H), axis, "head_dim") if config.qkv_bias else None
+
+    def out_norm() -> jax.Array | None:
+        return weights.constant(1.0, (D,), "norm") if config.sandwich_norms else None
+
+    blocks = Block(
+        attn_norm=weights.constant(1.0, (D,), "norm"),
+        w_q=weights.normal(0.02, (D, N, H), "embed_weight", "heads", "head_dim"),
+        w_k=weights.normal(0.02, (D, K, H), "embed_weight", kv, "head_dim"),
+        w_v=weights.normal(0.02, (D, K, H), "embed_weight", kv, "head_dim"),
+        b_q=bias(N, "heads"),
+        b_k=bias(K, kv),
+        b_v=bias(K, kv),
+        w_o=weights.normal(into_residual, (N, H, D), "heads", "head_dim", "embed_weight"),
+        attn_out_norm=out_norm(),
+        mlp_norm=weights.constant(1.0, (D,), "norm"),
+        w_gate=weights.normal(0.02, (D, F), "embed_weight", "ffn"),
+        w_up=weights.normal(0.02, (D, F), "embed_weight", "ffn"),
+        w_down=weights.normal(into_residual, (F, D), "ffn", "embed_weight"),
+        mlp_out_norm=out_norm(),
+    )
+    embedding = weights.table(0.02, (config.vocab_size, D), "vocab", "embed_weight")
+    final_norm = jnp.ones((D,), jnp.float32, out_sharding=layout.spec("norm"))
+    return TrunkV2(embedding=embedding, blocks=blocks, final_norm=final_norm, config=config)

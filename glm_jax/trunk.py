@@ -1,0 +1,236 @@
+"""What the generations of the family share: how layers are stacked, run over a mesh, and cached.
+
+A model is a Flax module that only holds arrays, hence the pytree of its parameters. The layers are stacked
+[stage, layer, ...]: a scan runs the layers of a stage, `sharding.pipeline` the stages. A generation is a `Trunk` that
+says where tokens stand (`places`) and what one layer does (`layer`).
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from glm_jax.config import Config
+from glm_jax.layers import attention
+from sharding.layout import Layout
+from sharding.pipeline import layer_slots, run_stages
+
+# Which sequence a token belongs to: 0 is padding; a bool array marks real tokens of one sequence a row.
+Segments = Int[Array, "B T"] | Bool[Array, "B T"]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH -> BTNH
+
+
+class Places(NamedTuple):
+    """Where tokens stand; A axes of position (2 in ChatGLM-6B, else 1)."""
+
+    segments: Int[Array, "B T"]  # 0: padding
+    positions: Int[Array, "B T A"]
+    context: Int[Array, "B T"] | None = None  # 1: all of the segment sees this column (prefix mask)
+
+    def mask(self) -> Bool[Array, "B T T"]:
+        """True where query t may see key s: the same segment, and s not after t or part of the prefix."""
+        length = self.segments.shape[1]
+        reach = jnp.tril(jnp.ones((length, length), bool))[None]
+        if self.context is not None:
+            reach = reach | (self.context == 1)[:, None, :]
+        keys = self.segments[:, None, :]
+        return reach & (self.segments[:, :, None] == keys) & (keys > 0)
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, of which the first `length` columns are filled."""
+
+    keys: Float[Array, "layer B S K H"]
+    values: Float[Array, "layer B S K H"]
+    real: Bool[Array, "B S"]  # columns that hold, or will hold, real tokens
+    position: Int[Array, "B A"]  # of the token that stands last
+    length: Int[Array, ""]
+
+
+def running_sum(values: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Sum of `values` (>= 0) from the beginning of a token's segment up to the token."""
+    previous = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    total = jnp.cumsum(values, axis=1)
+    before = jnp.where(segments != previous, total - values, 0)  # what earlier segments summed to
+    return total - jax.lax.cummax(before, axis=1)
+
+
+def kv_axis(config: Config, layout: Layout) -> str | None:
+    """The logical axis of the kv groups: None where they are fewer than tensor shards.
+
+    They are whole on every shard then, and `attention` hands out copies.
+    """
+    return "kv_heads" if config.num_kv_groups % layout.ways("kv_heads") == 0 else None
+
+
+@nnx.dataclass
+class Trunk(nnx.Module):
+    """Everything below a head: embedding, layers, final norm."""
+
+    embedding: jax.Array = nnx.data()  # V D
+    blocks: Any = nnx.data()  # the generation's Block, stacked [stage, layer, ...]
+    final_norm: jax.Array = nnx.data()  # D
+    config: Config = nnx.static()
+
+    position_step: ClassVar[tuple[int, ...]] = (
+        1,
+    )  # what one more token adds to each axis of its position
+
+    def places(self, ids: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Places:
+        """Where the tokens of these sequences stand."""
+        raise NotImplementedError
+
+    def layer(
+        self, block: Any, x: jax.Array, positions: jax.Array, attend: Attend, layout: Layout
+    ) -> jax.Array:
+        """One layer [B, T, D] -> [B, T, D]; `attend` is the attention over whatever keys there are."""
+        raise NotImplementedError
+
+    def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The final norm."""
+        raise NotImplementedError
+
+    def __call__(
+        self, ids: Int[Array, "B T"], segments: Segments, layout: Layout
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm, of whole sequences.
+
+        `segments` is 0 (or False) at padding, which may stand on either side; several sequences packed into a row
+        have numbers of their own and do not see each other. What comes out at padding means nothing.
+        """
+
+        def stage(blocks: Any, state: tuple[jax.Array, Places]) -> tuple[jax.Array, Places]:
+            x, places = state
+            mask = places.mask()
+
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                return attention(q, k, v, mask, layout)
+
+            def layer(x: jax.Array, block: Any) -> tuple[jax.Array, None]:
+                return self.layer(block, x, places.positions, attend, layout), None
+
+            return jax.lax.scan(layer, x, blocks)[0], places
+
+        places = self.places(ids, segments.astype(jnp.int32))
+        state = (self.embed(ids, layout), places)
+        x, _ = run_stages(stage, self.compute_blocks(), state, layout)
+        return self.finish(x)
+
+    def prefill(
+        self, ids: Int[Array, "B T"], real: Bool[Array, "B T"], room: int, layout: Layout
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states of left-padded prompts, and a cache of them with `room` more columns.
+
+        The layout must not have pipeline stages (`Layout.for_generation`).
+        """
+        places = self.places(ids, real.astype(jnp.int32))
+        mask = places.mask()
+
+        def layer(x: jax.Array, block: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            written = []
+
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                written.append(_with_room(k, room))
+                written.append(_with_room(v, room))
+                return attention(q, k, v, mask, layout)
+
+            x = self.layer(block, x, places.positions, attend, layout)
+            return x, (written[0], written[1])
+
+        x, (keys, values) = jax.lax.scan(layer, self.embed(ids, layout), self._single_stage())
+        cache = Cache(
+            keys=keys,
+            values=values,
+            real=jnp.pad(real, ((0, 0), (0, room)), constant_values=True),
+            position=places.positions[:, -1],
+            length=jnp.int32(ids.shape[1]),
+        )
+        return self.finish(x), cache
+
+    def decode(
+        self, ids: Int[Array, " B"], cache: Cache, layout: Layout
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Hidden states of one further token a row, and the cache with them appended."""
+        position = cache.position + jnp.array(self.position_step)
+        filled = jnp.arange(cache.real.shape[1]) <= cache.length
+        mask = (cache.real & filled)[:, None, :]
+
+        def layer(
+            x: jax.Array, block_and_cache: tuple[Any, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            block, keys, values = block_and_cache
+            written = []
+
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                append = jax.lax.dynamic_update_slice_in_dim
+                written.append(append(keys, k, cache.length, axis=1))
+                written.append(append(values, v, cache.length, axis=1))
+                return attention(q, written[0], written[1], mask, layout)
+
+            x = self.layer(block, x, position[:, None], attend, layout)
+            return x, (written[0], written[1])
+
+        x = self.embed(ids[:, None], layout)
+        x, (keys, values) = jax.lax.scan(layer, x, (self._single_stage(), cache.keys, cache.values))
+        cache = cache._replace(keys=keys, values=values, position=position, length=cache.length + 1)
+        return self.finish(x)[:, 0], cache
+
+    def embed(self, ids: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
+        """Rows of the embedding table, in the compute dtype."""
+        rows = self.embedding.at[ids].get(out_sharding=layout.spec("batch", "time", "embed"))
+        return rows.astype(self.config.compute_dtype)
+
+    def compute_blocks(self) -> Any:
+        """The layers' weights in the compute dtype: the one place where they leave float32.
+
+        Norm scales stay as they are, the norms multiply in float32.
+        """
+
+        def cast(path: tuple[jax.tree_util.KeyEntry, ...], w: jax.Array) -> jax.Array:
+            name = jax.tree_util.keystr(path)
+            return w if "norm" in name else w.astype(self.config.compute_dtype)
+
+        return jax.tree_util.tree_map_with_path(cast, self.blocks)
+
+    def _single_stage(self) -> Any:
+        return jax.tree.map(lambda w: w[0], self.compute_blocks())
+
+
+def _with_room(x: jax.Array, room: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0)))
+
+
+class LayerWeights:
+    """Draws the float32 weights of all layers, born stacked [stage, layer, ...] with their sharding.
+
+    The values depend on the key and the order of the calls alone, not on the layout.
+    """
+
+    def __init__(self, config: Config, layout: Layout, key: jax.Array) -> None:
+        self.num_layers = config.num_layers
+        self.layout = layout
+        self.keys = iter(jax.random.split(key, 8))
+
+    def normal(self, std: float, shape: tuple[int, ...], *logical: str | None) -> jax.Array:
+        """N(0, std^2); `logical` names the dimensions of `shape`."""
+        # drawn [layer, ...] and then cut into stages, so that every layout draws the same numbers
+        drawn = self.layout.spec("stage", *logical)
+        flat = jax.random.normal(next(self.keys), (self.num_layers, *shape), out_sharding=drawn)
+        spec = self.layout.spec("stage", "layer", *logical)
+        return std * jnp.reshape(flat, (*self._stack(), *shape), out_sharding=spec)
+
+    def constant(self, value: float, shape: tuple[int, ...], *logical: str | None) -> jax.Array:
+        """The same value everywhere."""
+        spec = self.layout.spec("stage", "layer", *logical)
+        return jnp.full((*self._stack(), *shape), value, jnp.float32, out_sharding=spec)
+
+    def table(self, std: float, shape: tuple[int, int], *logical: str | None) -> jax.Array:
+        """A matrix that belongs to no layer."""
+        spec = self.layout.spec(*logical)
+        return std * jax.random.normal(next(self.keys), shape, out_sharding=spec)
+
+    def _stack(self) -> tuple[int, ...]:
+        return layer_slots(self.num_layers, self.layout).shape

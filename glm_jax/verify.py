@@ -1,0 +1,248 @@
+"""A checkpoint against the numbers of the original code.
+
+`golden.npz` beside the checkpoint holds, under keys `case/field`, inputs and what the original computed of them in
+float32; `grads_full.npz` the gradients of case `full`. Every case present is run. Errors are relative: to the largest
+reference value of the array, for losses and norms to the value itself, for the log-probabilities of greedy steps to
+the largest logit of the steps (a confident model's are close to 0, their rounding is that of the logits).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax import hf
+from glm_jax.batch import Prompts, Sequences
+from glm_jax.config import Config
+from glm_jax.convert import open_source
+from glm_jax.generate import SamplingConfig, make_sampler
+from glm_jax.loss import cross_entropy, token_logprobs
+from glm_jax.model import CausalLM, apply_model, init_model
+from sharding.errors import UserError
+from sharding.layout import Layout
+
+Golden = Mapping[str, np.ndarray]  # the fields of one case
+
+EXACT = 1e-5  # float32: logits, log-probabilities, loss, gradients
+NORMS = 1e-4  # gradient norms
+# arithmetic in the stored dtype, where rounding differs from kernel to kernel: ten units in the last place or so
+NATIVE = {"float32": EXACT, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One quantity of one case."""
+
+    case: str
+    quantity: str
+    max_error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance; NaN is not."""
+        return self.max_error <= self.tolerance
+
+
+def fitting(config: Config, layout: Layout) -> Layout:
+    """`layout`, with tensor shards that the model's heads do not divide into turned into replicas."""
+    shards = max(
+        n
+        for n in range(1, layout.tensor + 1)
+        if layout.tensor % n == 0 and config.num_heads % n == 0
+    )
+    return dataclasses.replace(layout, tensor=shards, data=layout.data * (layout.tensor // shards))
+
+
+def read_golden(directory: Path) -> dict[str, dict[str, np.ndarray]]:
+    """case -> field -> array. Raises UserError where there is no readable golden.npz."""
+    path = directory / "golden.npz"
+    cases: dict[str, dict[str, np.ndarray]] = {}
+    try:
+        with np.load(path) as file:
+            for key in file.files:
+                case, _, field = key.partition("/")
+                cases.setdefault(case, {})[field] = file[key]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path}: {error}; verify needs the original code's numbers beside the checkpoint"
+        ) from None
+    return cases
+
+
+def verify(directory: Path, layout: Layout) -> Iterator[Check]:
+    """Run every case of `directory`/golden.npz under `layout`, on the mesh that is set."""
+    golden, source = read_golden(directory), open_source(directory)
+    model = hf.load_weights(source, layout)
+    for case, fields in golden.items():
+        for check in _verify_case(directory, source, model, case, fields, layout):
+            yield dataclasses.replace(check, case=case)
+
+
+def _verify_case(
+    directory: Path, source: hf.Source, model: CausalLM, case: str, golden: Golden, layout: Layout
+) -> Iterator[Check]:
+    dtype = _stored_dtype(source)
+    native = _in_dtype(model, dtype, layout)
+    if "new_tokens" in golden:
+        yield from _generation(model, golden, layout)
+    elif "classifier_weight" in golden:
+        yield from _classification(model, golden, layout)
+    elif "logits_tail" in golden:
+        yield from _tail(model, golden["input_ids"], golden["logits_tail"], "logits", EXACT, layout)
+        if "native_logits_tail" in golden:
+            tail = golden["native_logits_tail"]
+            yield from _tail(
+                native, golden["input_ids"], tail, "native logits", NATIVE[dtype], layout
+            )
+    elif case == "native":
+        yield from _logits(native, golden, NATIVE[dtype], layout)
+    else:
+        yield from _logits(model, golden, EXACT, layout)
+        if "loss" in golden:
+            yield from _loss(directory, source, model, case, golden, layout)
+
+
+def _check(quantity: str, ours: np.ndarray, reference: np.ndarray, tolerance: float) -> Check:
+    error = np.abs(ours - reference).max() / np.abs(reference).max()
+    return Check("", quantity, float(error), tolerance)
+
+
+def _stored_dtype(source: hf.Source) -> str:
+    name, _, _ = next(hf.tensor_names(source.config, source.form))
+    return source.tensors[name].dtype.name
+
+
+def _in_dtype(model: CausalLM, dtype: str, layout: Layout) -> CausalLM:
+    """The same arrays, computed with in `dtype`."""
+    config = dataclasses.replace(model.trunk.config, compute_dtype=dtype)
+    shapes = jax.eval_shape(partial(init_model, config, layout), jax.random.key(0))
+    other: CausalLM = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(model))
+    return other
+
+
+def _real(golden: Golden) -> np.ndarray:
+    """bool [B, T]: real tokens."""
+    if "valid" in golden:
+        return golden["valid"].astype(bool)
+    mask = golden.get("attention_mask")
+    if mask is None:
+        return np.ones(golden["input_ids"].shape, bool)
+    if mask.ndim == 4:  # ChatGLM-6B: True is masked; the last query sees all that is real
+        return ~mask[:, 0, -1]
+    return mask.astype(bool)
+
+
+def _put(layout: Layout, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
+    """On the mesh, filled up with copies of row 0 to a number of rows that divides."""
+    pieces = math.lcm(
+        layout.ways("batch") * layout.microbatches, layout.for_generation().ways("batch")
+    )
+    fill = -len(arrays[0]) % pieces
+    rows = np.concatenate([np.arange(len(arrays[0])), np.zeros(fill, int)])
+    put: tuple[jax.Array, ...] = layout.put(tuple(x[rows] for x in arrays))
+    return put
+
+
+def _logits(model: CausalLM, golden: Golden, tolerance: float, layout: Layout) -> Iterator[Check]:
+    real = _real(golden)
+    ids, valid = _put(layout, golden["input_ids"].astype(np.int32), real)
+
+    @jax.jit
+    def forward(model: CausalLM) -> tuple[jax.Array, jax.Array]:
+        logits = apply_model(model, ids, valid, layout)
+        return logits, token_logprobs(logits, ids)
+
+    logits, logp = (np.asarray(x)[: len(real)] for x in forward(model))
+    yield _check("logits", logits[real], golden["logits"][real], tolerance)
+    if "token_logprobs" in golden:
+        both = real[:, 1:] & real[:, :-1]
+        reference = golden["token_logprobs"][both]
+        yield _check("token log-probabilities", logp[:, 1:][both], reference, tolerance)
+
+
+def _tail(
+    model: CausalLM,
+    ids: np.ndarray,
+    reference: np.ndarray,
+    quantity: str,
+    tolerance: float,
+    layout: Layout,
+) -> Iterator[Check]:
+    (on_mesh,) = _put(layout, ids.astype(np.int32))
+    valid = jnp.ones_like(on_mesh, bool)
+    logits = np.asarray(jax.jit(apply_model, static_argnums=3)(model, on_mesh, valid, layout))
+    ours = logits[: len(ids), -reference.shape[1] :]
+    yield _check(quantity, ours, reference, tolerance)
+
+
+def _loss(
+    directory: Path, source: hf.Source, model: CausalLM, case: str, golden: Golden, layout: Layout
+) -> Iterator[Check]:
+    """Mean cross entropy, and its gradients where the case has them."""
+    target = golden["labels"] != -100
+    target[:, 0] = False
+    rows = len(target)
+    ids, valid, counted = _put(layout, golden["input_ids"].astype(np.int32), _real(golden), target)
+    batch = Sequences(ids, valid, counted & (jnp.arange(len(ids)) < rows)[:, None])
+
+    def loss(model: CausalLM) -> jax.Array:
+        logits = apply_model(model, batch.ids, batch.valid, layout)
+        return cross_entropy(token_logprobs(logits, batch.ids), batch.target)
+
+    if "grad_norm" not in golden:
+        value = np.asarray(jax.jit(loss)(model))
+        yield _check("loss", value, golden["loss"], EXACT)
+        return
+    value, gradients = jax.jit(jax.value_and_grad(loss))(model)
+    yield _check("loss", np.asarray(value), golden["loss"], EXACT)
+    ours = hf.to_tensors(source.config, source.form, hf.host_weights(gradients))
+    names = [str(name) for name in golden["grad_names"]]
+    norms = {
+        name: abs(float(np.linalg.norm(ours[name].astype(np.float64)) / norm) - 1)
+        for name, norm in zip(names, golden["grad_norm"], strict=True)
+    }
+    worst = max(norms, key=norms.__getitem__)
+    yield Check("", f"gradient norms ({worst})", norms[worst], NORMS)
+    full = directory / "grads_full.npz"
+    if case == "full" and full.exists():
+        with np.load(full) as file:
+            errors = {
+                name: float(np.abs(ours[name] - file[name]).max() / np.abs(file[name]).max())
+                for name in file.files
+            }
+        worst = max(errors, key=errors.__getitem__)
+        yield Check("", f"gradients ({worst})", errors[worst], EXACT)
+
+
+def _generation(model: CausalLM, golden: Golden, layout: Layout) -> Iterator[Check]:
+    """Greedy decoding with a cache: tokens (the number that differ) and their log-probabilities."""
+    new, stop = golden["new_tokens"], int(golden["eos_token_id"])
+    prompts = golden["input_ids"].astype(np.int32)
+    number = np.arange(len(prompts), dtype=np.int32)
+    ids, real, row = _put(layout, prompts, _real(golden), number)
+    greedy = SamplingConfig(max_new_tokens=new.shape[1], temperature=0.0)
+    sample = make_sampler(model.trunk.config, greedy, (stop,), layout)
+    answers = sample(model, Prompts(ids, real, row), jax.random.key(0))
+    tail = (slice(len(prompts)), slice(prompts.shape[1], None))
+    counted = np.asarray(answers.sequences.target)[tail]
+    ours = np.where(counted, np.asarray(answers.sequences.ids)[tail], golden["pad_token_id"])
+    yield Check("", "tokens that differ", float((ours != new).sum()), 0.0)
+    error = np.abs(np.asarray(answers.logp)[tail] - golden["step_logprobs"])[counted].max()
+    scale = np.abs(golden.get("step_logits", golden["step_logprobs"])[counted]).max()
+    yield Check("", "step log-probabilities", float(error / scale), EXACT)
+
+
+def _classification(model: CausalLM, golden: Golden, layout: Layout) -> Iterator[Check]:
+    """The sequence classifier: a linear head on the last column of left-padded input."""
+    real = _real(golden)
+    ids, valid = _put(layout, golden["input_ids"].astype(np.int32), real)
+    hidden = jax.jit(lambda model: model.trunk(ids, valid, layout))(model)
+    last = np.asarray(hidden)[: len(real), -1]
+    logits = last @ golden["classifier_weight"].T + golden["classifier_bias"]
+    yield _check("classifier logits", logits, golden["logits"], EXACT)

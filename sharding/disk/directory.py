@@ -1,0 +1,64 @@
+"""Directories and files that appear whole or not at all."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sharding.errors import UserError
+
+ADVICE = {
+    errno.ENOSPC: "the disk is full: make room or write elsewhere",
+    errno.EDQUOT: "the quota is used up: make room or write elsewhere",
+    errno.EROFS: "the file system is read-only: write elsewhere",
+    errno.EACCES: "permission denied: write elsewhere",
+    errno.EFBIG: "the file would exceed the largest size allowed: write smaller shards",
+}
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = ADVICE.get(error.errno or 0, f"{error.strerror or error}: write elsewhere")
+        raise UserError(f"cannot write {path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A temporary directory beside `path` that takes its name when the block ends well, and vanishes when it fails.
+
+    Raises UserError where `path` exists already and is not to be replaced, or cannot be written.
+    """
+    path = path.absolute()
+    if path.exists() and not replace:
+        raise UserError(f"{path} exists already: choose another name or remove it")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with explained(path):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as UTF-8 JSON under a temporary name, then rename: readers see all of it or none.
+
+    Raises UserError where it cannot be written.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    temporary = path.with_name(f".{path.name}.tmp")
+    with explained(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)

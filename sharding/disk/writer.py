@@ -1,0 +1,132 @@
+"""Safetensors shards, filled in any order."""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from sharding.disk.directory import explained, write_json
+from sharding.disk.manifest import Entry
+from sharding.disk.safetensors_file import make_header
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A tensor that is to be written."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def plan_shards(specs: Sequence[Spec], max_bytes: int | None) -> dict[str, list[Spec]]:
+    """File name -> its tensors, in the given order; a tensor that would exceed `max_bytes` begins a new file."""
+    shards: list[list[Spec]] = [[]]
+    for spec in specs:
+        full = sum(other.nbytes for other in shards[-1]) + spec.nbytes > (max_bytes or math.inf)
+        if shards[-1] and full:
+            shards.append([])
+        shards[-1].append(spec)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": shard
+        for number, shard in enumerate(shards, 1)
+    }
+
+
+class ShardWriter:
+    """Writes headers and index at once, tensors as they come; a context manager.
+
+    `put` may be called by several threads. Raises UserError where the disk refuses.
+    """
+
+    def __init__(
+        self, directory: Path, specs: Sequence[Spec], max_bytes: int | None = None
+    ) -> None:
+        self.directory = directory
+        self.entries: dict[str, Entry] = {}  # by name, of the tensors written so far
+        self._places: dict[str, tuple[Spec, str, int]] = {}
+        self._descriptors: dict[str, int] = {}
+        shards = plan_shards(specs, max_bytes)
+        for file, shard in shards.items():
+            self._begin(file, shard)
+        if len(shards) > 1:
+            total = sum(spec.nbytes for spec in specs)
+            weight_map = {name: file for name, (_, file, _) in sorted(self._places.items())}
+            write_json(
+                directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+            )
+
+    def _begin(self, file: str, shard: Sequence[Spec]) -> None:
+        header = make_header([(spec.name, spec.dtype, spec.shape) for spec in shard])
+        path = self.directory / file
+        offset = len(header)
+        for spec in shard:
+            self._places[spec.name] = (spec, file, offset)
+            offset += spec.nbytes
+        with explained(path):
+            self._descriptors[file] = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o644)
+            _write(self._descriptors[file], memoryview(header), 0)
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        """Write one tensor. Raises ValueError unless it is the announced one, for the first time."""
+        spec, file, offset = self._places[name]
+        if array.shape != spec.shape or array.dtype != spec.dtype or name in self.entries:
+            raise ValueError(
+                f"{name}: {array.dtype} {array.shape} is not what was announced: {spec}"
+            )
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        with explained(self.directory / file):
+            _write(self._descriptors[file], data, offset)
+        digest = hashlib.sha256(data).hexdigest()
+        self.entries[name] = Entry(file, spec.dtype.name, spec.shape, digest)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for descriptor in self._descriptors.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        lacking = set(self._places) - set(self.entries)
+        if kind is None and lacking:
+            raise ValueError(
+                f"{len(lacking)} tensors were never written, {min(lacking)} among them"
+            )
+
+
+def _write(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "5GB" (10^9) or "5GiB" (2^30). Raises ValueError."""
+    units = {"": 1, "B": 1}
+    for power, letter in enumerate("KMGT", 1):
+        units |= {f"{letter}B": 1000**power, f"{letter}IB": 1024**power}
+    number = text.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz ")
+    size = float(number) * units[text[len(number) :].strip().upper()]
+    if size < 1:
+        raise ValueError(text)
+    return int(size)

@@ -148,7 +148,7 @@ def load_model(
     flat = _unstaged(layout)
 
     def typed(path: tuple[jax.tree_util.KeyEntry, ...], x: Any) -> Any:
-        keys = _keys(jax.tree_util.keystr(path))
+        keys = keys_of(jax.tree_util.keystr(path))
         if keys not in stored:
             raise UserError(f"{directory}: {'.'.join(keys)} is not among its weights")
         return jax.ShapeDtypeStruct(x.shape, wanted or stored[keys].dtype, sharding=x.sharding)
@@ -189,7 +189,7 @@ def _unstaged(layout: Layout) -> Layout:
     return dataclasses.replace(layout, rules=rules, microbatches=1)
 
 
-def _keys(path: str) -> checkpoint.Keys:
+def keys_of(path: str) -> checkpoint.Keys:
     """(".trunk.embedding") -> ("trunk", "embedding")."""
     return tuple(path.strip(".").split("."))
 
@@ -252,12 +252,12 @@ def _stream(source: hf.Source, dtype: np.dtype | None, path: Path) -> None:
         kind = dtype or source.stored(name, 0).dtype
         if name.startswith(hf.BLOCK):
             shape = (1, config.num_layers, *shape)
-            stacked.add(_keys(name))
-        arrays[_keys(name)] = jax.ShapeDtypeStruct(shape, kind)
+            stacked.add(keys_of(name))
+        arrays[keys_of(name)] = jax.ShapeDtypeStruct(shape, kind)
     leaves = checkpoint.create(path, arrays, stacked)
 
     def move(name: str, layer: int) -> None:
-        keys = _keys(name)
+        keys = keys_of(name)
         whole = tuple(slice(None) for _ in hf.weight_shapes(config)[name])
         weight = source.read(name, layer, whole).astype(arrays[keys].dtype, copy=False)
         leaves[keys].write(weight, *((0, layer) if keys in stacked else ()))
@@ -343,7 +343,7 @@ def export_hf(
     weights = directory / "weights"
     stored = checkpoint.shapes(weights)
     kinds = {
-        name: DTYPES[dtype] or np.dtype(stored[_keys(name)].dtype)
+        name: DTYPES[dtype] or np.dtype(stored[keys_of(name)].dtype)
         for name in hf.weight_shapes(card.config)
     }
     buffers = _buffers(directory, card, form, kinds[".trunk.embedding"])
@@ -415,7 +415,9 @@ def _write_tensors(
     config: Config, form: Form, kinds: Mapping[str, np.dtype], weights: Path, writer: ShardWriter
 ) -> None:
     """One layer of one tensor at a time."""
-    leaves = {name: checkpoint.open_leaf(weights, _keys(name)) for name in hf.weight_shapes(config)}
+    leaves = {
+        name: checkpoint.open_leaf(weights, keys_of(name)) for name in hf.weight_shapes(config)
+    }
 
     def move(name: str, row: hf.Row, layer: int) -> None:
         index = (0, layer) if row.per_layer else ()

@@ -343,3 +343,18 @@ def _to_transformers(config: GLMConfig, form: Form, dtype: str, tokens: Tokens) 
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
+
+
+def form_named(name: str, form: Form) -> Form:
+    """The form "remote" (the original repositories' own code) or "hf" (transformers' classes) of a model in `form`.
+
+    Raises UserError where the model has no such form.
+    """
+    forms = {
+        Form.GLM4_REMOTE: {"remote": Form.GLM4_REMOTE, "hf": Form.GLM},
+        Form.GLM: {"remote": Form.GLM4_REMOTE, "hf": Form.GLM},
+        Form.GLM4: {"hf": Form.GLM4},
+    }.get(form, {"remote": form})
+    if name not in forms:
+        raise UserError(f"--form {name}: {form.value} exists as {' and '.join(forms)} only")
+    return forms[name]

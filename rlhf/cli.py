@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import runpy
 import sys
 import traceback
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from rlhf.model_cli import add_commands
 from sharding.errors import UserError
 
 DESCRIPTION = "Train the ChatGLM family with human feedback on a mesh of TPUs or GPUs, in JAX."
@@ -20,15 +22,18 @@ DESCRIPTION = "Train the ChatGLM family with human feedback on a mesh of TPUs or
 def main(args: Sequence[str] | None = None) -> int:
     """Run `glm-jax` with `args` (None: those of the process) and return its exit status.
 
-    0 done; 1 a UserError, told in one line; 2 a misspelt command line (by tyro, as SystemExit); 130 interrupted.
+    0 done; 1 a UserError, told in one line, or a check that failed; 2 a misspelt command line (by tyro, as
+    SystemExit); 130 interrupted.
     """
     args = list(sys.argv[1:] if args is None else args)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # what Orbax warns of, no user can mend
     # the fields of a recipe are known only once its file is read: what follows the file is parsed then
     has_recipe = len(args) > 1 and args[0] == "run" and not args[1].startswith("-")
     command, options = (args[:2], args[2:]) if has_recipe else (args, [])
     try:
+        command = [word for word in command if word != "--debug"]
         job = _commands(options).cli(prog="glm-jax", description=DESCRIPTION, args=command)
-        job()
+        return job() or 0
     except UserError as error:
         if "--debug" in args:
             traceback.print_exc()
@@ -37,7 +42,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("glm-jax: interrupted; what was written so far is kept", file=sys.stderr)
         return 130
-    return 0
 
 
 def _commands(options: list[str]) -> tyro.extras.SubcommandApp:
@@ -56,6 +60,7 @@ def _commands(options: list[str]) -> tyro.extras.SubcommandApp:
         """
         return partial(run_recipe, recipe, options)
 
+    add_commands(app)
     return app
 
 
@@ -70,7 +75,9 @@ def run_recipe(path: Path, options: Sequence[str]) -> None:
     from rlhf.recipe import Recipe
     from rlhf.report import samples_table, summary_table, write_report
     from rlhf.run import check, run
-    from rlhf.runlog import RunLog, fresh_directory, write_json
+    from rlhf.runlog import RunLog, fresh_directory
+    from sharding.disk.directory import write_json
+    from sharding.layout import use_devices
 
     config, description = load_recipe(path)
     if not isinstance(config, Recipe):
@@ -141,25 +148,6 @@ def override(config: Any, options: Sequence[str], prog: str, description: str) -
         config=(tyro.conf.AvoidSubcommands,),
     )
     return parsed.config
-
-
-def use_devices(count: int | None) -> None:
-    """Simulate `count` devices where JAX runs on CPU; None leaves what the platform has.
-
-    Raises UserError where `count` is not positive, or where JAX has already counted its devices.
-    """
-    if count is None:
-        return
-    if count < 1:
-        raise UserError(f"--devices {count}: give a positive number")
-    import jax
-
-    try:
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError as error:
-        raise UserError(
-            f"--devices {count}: the recipe used JAX while it was read; it must not"
-        ) from error
 
 
 if __name__ == "__main__":

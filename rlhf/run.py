@@ -33,9 +33,10 @@ from rlhf.heads import ScalarModel, scalar_model
 from rlhf.ppo import Models, reference_scores, train_ppo
 from rlhf.recipe import Recipe
 from rlhf.reward import evaluate_reward, train_reward
-from rlhf.runlog import RunLog, write_json
+from rlhf.runlog import RunLog
 from rlhf.sft import train_sft
 from sharding import checkpoint
+from sharding.disk.directory import write_json
 from sharding.errors import UserError
 from sharding.layout import Layout, get_layout
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from tensorboardX import SummaryWriter
 
+from sharding.disk.directory import finite
 from sharding.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -24,25 +25,6 @@ PLAIN_LINE_SECONDS = 10.0  # between two progress lines where the output is not 
 
 # what of the metrics fits on one line of a screen, and how it is called there
 SHOWN_METRICS = {"loss": "loss", "accuracy": "acc", "reward": "reward", "kl": "KL"}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as UTF-8 JSON under a temporary name, then rename: readers see all of it or none.
-
-    A number that is not finite becomes null (JSON has no name for it), a path its string.
-    """
-    text = json.dumps(_finite(value), ensure_ascii=False, indent=2, default=str)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fresh_directory(path: Path, note: Callable[[str], None]) -> None:
@@ -250,7 +232,7 @@ class RunLog:
 
     def _record(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         wall_s = round(time.monotonic() - self._begin, 3)
-        line = {"stage": stage, "step": step, "wall_s": wall_s, **_finite(values)}
+        line = {"stage": stage, "step": step, "wall_s": wall_s, **finite(values)}
         self._metrics.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self._events.add_scalar(f"{stage}/{name}".replace(" ", "_"), value, step)

@@ -170,3 +170,20 @@ def get_layout(name: str, num_devices: int | None) -> Layout:
         return layout.on(num_devices)
     except UserError as error:
         raise UserError(f"--layout {name}: {error}") from None
+
+
+def use_devices(count: int | None) -> None:
+    """Simulate `count` devices where JAX runs on CPU; None leaves what the platform has.
+
+    Raises UserError where `count` is not positive, or where JAX has already counted its devices.
+    """
+    if count is None:
+        return
+    if count < 1:
+        raise UserError(f"--devices {count}: give a positive number")
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        raise UserError(
+            f"--devices {count}: JAX has counted its devices already (a recipe must not use it while it is read)"
+        ) from error

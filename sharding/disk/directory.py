@@ -3,9 +3,10 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,20 @@ def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as UTF-8 JSON under a temporary name, then rename: readers see all of it or none.
 
-    Raises UserError where it cannot be written.
+    A number that is not finite becomes null (JSON has no name for it), a path its string. Raises UserError where it
+    cannot be written.
     """
-    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    text = json.dumps(finite(value), ensure_ascii=False, indent=2, default=str) + "\n"
     temporary = path.with_name(f".{path.name}.tmp")
     with explained(path):
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in place of numbers that are not finite, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,6 +14,7 @@ import numpy as np
 from sharding.disk.directory import explained, write_json
 from sharding.disk.manifest import Entry
 from sharding.disk.safetensors_file import make_header
+from sharding.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 
@@ -121,12 +122,15 @@ def _write(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "5GB" (10^9) or "5GiB" (2^30). Raises ValueError."""
+    """Bytes of a size such as "5GB" (5 * 10^9) or "5GiB" (5 * 2^30). Raises UserError on anything else."""
     units = {"": 1, "B": 1}
     for power, letter in enumerate("KMGT", 1):
         units |= {f"{letter}B": 1000**power, f"{letter}IB": 1024**power}
     number = text.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz ")
-    size = float(number) * units[text[len(number) :].strip().upper()]
-    if size < 1:
-        raise ValueError(text)
-    return int(size)
+    try:
+        size = int(float(number) * units[text[len(number) :].strip().upper()])
+        if size < 1:
+            raise ValueError
+    except (KeyError, OverflowError, ValueError):
+        raise UserError(f"{text!r} is no size: write 5GB, 500MB or 2GiB") from None
+    return size

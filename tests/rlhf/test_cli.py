@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import pytest
 
-from rlhf.cli import load_recipe, main, override, use_devices
+from rlhf.cli import load_recipe, main, override
 from rlhf.recipe import Recipe
 from rlhf.runlog import RunLog
 from sharding.errors import UserError
+from sharding.layout import use_devices
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO = REPOSITORY / "configs" / "demo.py"
@@ -216,7 +217,7 @@ def test_devices_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--devices 0: give a positive number"):
         use_devices(0)
     count = len(jax.devices())
-    with pytest.raises(UserError, match="used JAX while it was read"):
+    with pytest.raises(UserError, match="JAX has counted its devices already"):
         use_devices(count + 1)
 
 

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from rlhf.plots import read_curves, running_mean
 from rlhf.report import samples_table, summary_table, write_report
-from rlhf.runlog import METRICS_FILE, RunLog, write_json
+from rlhf.runlog import METRICS_FILE, RunLog
+from sharding.disk.directory import write_json
 
 ANSWERS = {"sentiment": 0.41, "length": 28.06, "distinct_2": 0.7}
 SUMMARY: dict[str, Any] = {

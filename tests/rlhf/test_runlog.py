@@ -12,7 +12,8 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from rlhf import runlog
-from rlhf.runlog import METRICS_FILE, RunLog, fresh_directory, write_json
+from rlhf.runlog import METRICS_FILE, RunLog, fresh_directory
+from sharding.disk.directory import write_json
 from sharding.errors import UserError
 
 
@@ -143,7 +144,7 @@ def test_write_json_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="no space"):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text(encoding="utf-8"))["a"] == [1, None]
 

@@ -204,7 +204,7 @@ def import_hf(directory: Path, out: Path, dtype: str, layout: Layout | None, tel
         directory: holds config.json and weights.
         out: must not exist.
         dtype: a key of DTYPES.
-        layout: split the model over the current mesh while converting; None: one layer of one tensor at a time on
+        layout: split the model over the current mesh while converting; None: one tensor of one layer at a time on
             the host.
         tell: receives what is worth knowing, a line at a time.
     """
@@ -212,17 +212,16 @@ def import_hf(directory: Path, out: Path, dtype: str, layout: Layout | None, tel
     wanted = DTYPES[dtype]
     card = card_of(directory)
     check_space(out, hf.num_parameters(source.config) * (wanted or _dtype_of(source)).itemsize)
-    with new_directory(out) as partial_directory, ThreadPoolExecutor(1) as pool:
-        hashes = pool.submit(hash_tensors, source.tensors)
+    with new_directory(out) as partial_directory:
+        weights = partial_directory / "weights"
         if layout is None:
-            _stream(source, wanted, partial_directory / "weights")
+            entries = _stream(source, wanted, weights)
         else:
             source.config.check(layout)
-            flat = _unstaged(layout)
-            checkpoint.save(partial_directory / "weights", hf.load_weights(source, flat, wanted))
+            checkpoint.save(weights, hf.load_weights(source, _unstaged(layout), wanted))
+            entries = hash_tensors(source.tensors, THREADS)
         card.write(partial_directory)
         _keep_companions(directory, source, partial_directory / "hf")
-        entries = hashes.result()
         _check_copies(source, entries)
         write_entries(partial_directory / "import.json", entries)
     tell(f"{out}: {hf.num_parameters(source.config):,} parameters of {source.form.value}")
@@ -244,9 +243,9 @@ def check_space(path: Path, wanted: int) -> None:
         )
 
 
-def _stream(source: hf.Source, dtype: np.dtype | None, path: Path) -> None:
-    """Read, turn and write one layer of one weight at a time."""
-    config = source.config
+def _stream(source: hf.Source, dtype: np.dtype | None, path: Path) -> dict[str, Entry]:
+    """Read, turn and write one tensor of one layer at a time; returns the hashes of what was read."""
+    config, entries = source.config, dict[str, Entry]()
     arrays, stacked = {}, set()
     for name, shape in hf.weight_shapes(config).items():
         kind = dtype or source.stored(name, 0).dtype
@@ -256,18 +255,21 @@ def _stream(source: hf.Source, dtype: np.dtype | None, path: Path) -> None:
         arrays[keys_of(name)] = jax.ShapeDtypeStruct(shape, kind)
     leaves = checkpoint.create(path, arrays, stacked)
 
-    def move(name: str, layer: int) -> None:
-        keys = keys_of(name)
-        whole = tuple(slice(None) for _ in hf.weight_shapes(config)[name])
-        weight = source.read(name, layer, whole).astype(arrays[keys].dtype, copy=False)
-        leaves[keys].write(weight, *((0, layer) if keys in stacked else ()))
+    def move(name: str, row: hf.Row, layer: int) -> None:
+        if name not in source.tensors:
+            return  # a second copy that was not saved
+        weights, entries[name] = source.split(row, layer)
+        if row.copy:
+            return
+        for piece, weight in zip(row.pieces, weights, strict=True):
+            keys = keys_of(piece.path)
+            index = (0, layer) if row.per_layer else ()
+            leaves[keys].write(weight.astype(arrays[keys].dtype, copy=False), *index)
 
-    jobs = [
-        (name, layer)
-        for name in hf.weight_shapes(config)
-        for layer in range(config.num_layers if name.startswith(hf.BLOCK) else 1)
-    ]
-    _in_threads(move, jobs)
+    _in_threads(move, hf.tensor_names(config, source.form))
+    buffers = {name: t for name, t in source.tensors.items() if name not in entries}
+    entries |= hash_tensors(buffers)
+    return {name: entries[name] for name in source.tensors}
 
 
 def _in_threads(work: Callable[..., None], jobs: Iterable[tuple[Any, ...]]) -> None:

@@ -6,6 +6,7 @@ weight must be filled, with exactly the expected shape.
 """
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from glm_jax.config import Config
 from glm_jax.hf_config import Form
 from glm_jax.layers import rotary_frequencies
 from glm_jax.model import CausalLM, init_model
+from sharding.disk.manifest import Entry
 from sharding.disk.stored import Stored
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -29,17 +31,28 @@ Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 
 BLOCK = ".trunk.blocks."
+TILE = 256  # rows and columns that are transposed at a time
 
 
-def transposed(matrix: np.ndarray) -> np.ndarray:
-    """A row-major copy of `matrix.T`, made in strips that stay in the processor's cache: four times as fast."""
-    bits = np.ascontiguousarray(matrix).view(
-        f"u{matrix.itemsize}"
-    )  # numpy copies bfloat16 one by one
-    out = np.empty(bits.shape[::-1], bits.dtype)
-    for start in range(0, len(bits), 128):
-        out[:, start : start + 128] = bits[start : start + 128].T
-    return out.view(matrix.dtype)
+def transposed(matrix: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """A row-major copy of `matrix.T`, or `matrix.T` written into `out`.
+
+    Made in tiles that stay in the processor's cache, each copied to rows of an odd length first: the lines of a column
+    would else fall onto the same places of the cache where a row has a power of two of bytes. About four times as fast
+    as numpy's own copy.
+    """
+    bits = matrix.view(f"u{matrix.itemsize}")  # numpy copies bfloat16 one by one
+    if out is None:
+        out = np.empty(bits.shape[::-1], matrix.dtype)
+    into = out.view(bits.dtype)
+    buffer = np.empty((TILE, TILE + 40), bits.dtype)
+    for i in range(0, bits.shape[0], TILE):
+        for j in range(0, bits.shape[1], TILE):
+            tile = bits[i : i + TILE, j : j + TILE]
+            padded = buffer[: tile.shape[0], : tile.shape[1]]
+            padded[...] = tile
+            into[j : j + TILE, i : i + TILE] = padded.T
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +76,16 @@ class Piece:
         """Tensor rows -> the weight."""
         return (transposed(rows) if self.columns else rows).reshape(shape)
 
-    def to_rows(self, weight: np.ndarray) -> np.ndarray:
-        """The inverse of `to_weight`."""
-        row_dims, column_dims = self.dimensions(weight.shape)
-        rows, columns = math.prod(row_dims), math.prod(column_dims)
+    def fill(self, rows: np.ndarray, weight: np.ndarray) -> None:
+        """The inverse of `to_weight`: write the weight into its rows of the tensor."""
         if self.columns:
-            return transposed(weight.reshape(columns, rows))
-        return weight.reshape((rows, columns) if column_dims else (rows,))
+            transposed(weight.reshape(rows.shape[::-1]), rows)
+        else:
+            rows[...] = weight.reshape(rows.shape)
+
+    def num_rows(self, shape: Shape) -> int:
+        """Rows of the tensor that a weight of this shape takes."""
+        return math.prod(self.dimensions(shape)[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +224,9 @@ def table(config: Config, form: Form) -> tuple[Row, ...]:
 def tensor_shape(row: Row, config: Config) -> Shape:
     """The shape that `row`'s tensor must have."""
     shapes = weight_shapes(config)
-    count, columns = 0, Shape()
-    for piece in row.pieces:
-        row_dims, column_dims = piece.dimensions(shapes[piece.path])
-        count += math.prod(row_dims)
-        columns = (math.prod(column_dims),) if column_dims else ()
-    return (count, *columns)
+    count = sum(piece.num_rows(shapes[piece.path]) for piece in row.pieces)
+    column_dims = row.pieces[0].dimensions(shapes[row.pieces[0].path])[1]
+    return (count, math.prod(column_dims)) if column_dims else (count,)
 
 
 def tensor_names(config: Config, form: Form) -> Iterator[tuple[str, Row, int]]:
@@ -282,6 +295,37 @@ class Source:
         check_finite(block, stored)
         return piece.to_weight(block, local)
 
+    def split(self, row: Row, layer: int) -> tuple[list[np.ndarray], Entry]:
+        """All weights of a tensor in their stored dtype, and the tensor's hash, in one pass over its bytes.
+
+        A strip of rows is hashed, checked and turned while it is in the processor's cache.
+        """
+        stored = self.tensors[row.tensor.format(i=layer)]
+        shapes = [weight_shapes(self.config)[piece.path] for piece in row.pieces]
+        digest = hashlib.sha256()
+        if row.per_head or row.pieces[0].columns in (None, 0):
+            whole = stored.read()
+            check_finite(whole, stored)
+            digest.update(whole.reshape(-1).view(np.uint8).data)
+            entry = Entry(stored.path.name, stored.dtype.name, stored.shape, digest.hexdigest())
+            if len(row.pieces) == 1:
+                return [whole.reshape(shapes[0])], entry
+            return _parts(row, whole, shapes), entry
+        weights, start = [], 0
+        for piece, shape in zip(row.pieces, shapes, strict=True):
+            count = piece.num_rows(shape)
+            turned = np.empty((stored.shape[1], count), stored.dtype)
+            done = 0
+            for strip in stored.strips(start, start + count, TILE):
+                digest.update(strip.reshape(-1).view(np.uint8).data)
+                check_finite(strip, stored)
+                transposed(strip, turned[:, done : done + len(strip)])
+                done += len(strip)
+            weights.append(turned.reshape(shape))
+            start += count
+        entry = Entry(stored.path.name, stored.dtype.name, stored.shape, digest.hexdigest())
+        return weights, entry
+
     def _block(
         self, stored: Stored, row: Row, number: int, rows: slice, columns: slice | None
     ) -> np.ndarray:
@@ -292,10 +336,22 @@ class Source:
             block = stored.read(slice(rows.start * turns, rows.stop * turns), columns)
             heads = block.reshape(-1, turns, unit, *block.shape[1:])
             return heads[:, number].reshape(-1, *block.shape[1:])
-        before = sum(
-            math.prod(piece.dimensions(shapes[piece.path])[0]) for piece in row.pieces[:number]
-        )
+        before = sum(piece.num_rows(shapes[piece.path]) for piece in row.pieces[:number])
         return stored.read(slice(before + rows.start, before + rows.stop), columns)
+
+
+def _parts(row: Row, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
+    """The weights of a whole tensor of several pieces."""
+    if row.per_head:
+        turns = tensor.reshape(-1, len(row.pieces), row.per_head, *tensor.shape[1:])
+        blocks = [turns[:, n].reshape(-1, *tensor.shape[1:]) for n in range(len(row.pieces))]
+    else:
+        counts = [piece.num_rows(shape) for piece, shape in zip(row.pieces, shapes, strict=True)]
+        blocks = np.split(tensor, np.cumsum(counts)[:-1])
+    return [
+        piece.to_weight(block, shape)
+        for piece, block, shape in zip(row.pieces, blocks, shapes, strict=True)
+    ]
 
 
 def check_finite(values: np.ndarray, stored: Stored) -> None:
@@ -352,7 +408,7 @@ def read_weight(
     return out
 
 
-def _shard(
+def read_shard(
     source: Source, name: str, dtype: np.dtype | None, shape: Shape, index: Index
 ) -> np.ndarray:
     """`index` of a weight that is stacked [stage, layer, ...] if it belongs to the blocks."""
@@ -381,7 +437,7 @@ def load_weights(
         def shard(index: Index | None) -> np.ndarray:
             assert index is not None
             if str(index) not in seen:
-                seen[str(index)] = _shard(source, name, dtype, like.shape, index)
+                seen[str(index)] = read_shard(source, name, dtype, like.shape, index)
             return seen[str(index)]
 
         sharding = NamedSharding(mesh, like.sharding.spec)
@@ -396,12 +452,19 @@ def load_weights(
 
 def join(row: Row, weights: Sequence[np.ndarray]) -> np.ndarray:
     """The tensor made of a row's weights (of one layer), row-major."""
-    blocks = [piece.to_rows(weight) for piece, weight in zip(row.pieces, weights, strict=True)]
+    pairs = list(zip(row.pieces, weights, strict=True))
+    counts = [piece.num_rows(weight.shape) for piece, weight in pairs]
+    column_dims = pairs[0][0].dimensions(weights[0].shape)[1]
+    columns = (math.prod(column_dims),) if column_dims else ()
+    tensor = np.empty((sum(counts), *columns), weights[0].dtype)
+    start = 0
+    for (piece, weight), count in zip(pairs, counts, strict=True):
+        piece.fill(tensor[start : start + count], weight)
+        start += count
     if row.per_head:
-        turns = [block.reshape(-1, row.per_head, *block.shape[1:]) for block in blocks]
-        stacked = np.stack(turns, axis=1)
-        return stacked.reshape(-1, *blocks[0].shape[1:])
-    return np.concatenate(blocks) if len(blocks) > 1 else np.ascontiguousarray(blocks[0])
+        turns = tensor.reshape(len(row.pieces), -1, row.per_head, *columns)
+        return np.ascontiguousarray(np.moveaxis(turns, 0, 1)).reshape(tensor.shape)
+    return tensor
 
 
 def to_tensors(config: Config, form: Form, weights: Mapping[str, np.ndarray]) -> Weights:

@@ -69,6 +69,11 @@ class PPOConfig:
             raise UserError(
                 "ppo.sampling.temperature = 0 has no log-probabilities to learn from: set it above 0"
             )
+        if self.sampling.top_k or self.sampling.top_p < 1.0:
+            raise UserError(
+                "ppo.sampling.top_k and top_p must be 0 and 1: the update's log-probabilities are those of the whole "
+                "distribution, answers drawn from a part of it would bias the ratio"
+            )
         layout.check_batch(self.batch_size // self.minibatches, "ppo.batch_size / ppo.minibatches")
         layout.for_generation().check_batch(self.batch_size, "ppo.batch_size")
 

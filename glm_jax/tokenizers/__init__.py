@@ -9,6 +9,7 @@ from glm_jax.tokenizers.base import (
     Tokenizer,
     pad_left,
     pad_right,
+    read_files,
     read_tokenizer_config,
 )
 from glm_jax.tokenizers.glm4 import FastTokenizer, RanksTokenizer
@@ -34,16 +35,14 @@ __all__ = [
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer whose files a directory holds. Raises UserError where it holds none."""
-    if (directory / v1.MODEL).exists():
+    if (directory / v1.MODEL).is_file():
         return ChatGLMTokenizer.load(directory)
-    path = directory / v3.MODEL
-    if path.exists():
-        with path.open("rb") as file:
-            if glm4.is_ranks(file.read(1000)):
-                return RanksTokenizer.load(directory)
+    if (directory / v3.MODEL).is_file():
+        if glm4.is_ranks(read_files(directory, v3.MODEL, v3.HINT)[v3.MODEL]):
+            return RanksTokenizer.load(directory)
         kind = ChatGLM2Tokenizer if _is_v2(directory) else ChatGLM3Tokenizer
         return kind.load(directory)
-    if (directory / glm4.FAST).exists():
+    if (directory / glm4.FAST).is_file():
         return FastTokenizer.load(directory)
     raise UserError(
         f"no tokenizer in {directory}: expected {v1.MODEL} (ChatGLM-6B), {v2.MODEL} (ChatGLM2, ChatGLM3, GLM-4) "
@@ -58,7 +57,7 @@ def _is_v2(directory: Path) -> bool:
     """
     name = str(read_tokenizer_config(directory).get("name_or_path", "")).lower()
     beside = directory / "config.json"
-    if beside.exists():
+    if beside.is_file():
         # what the model says of itself counts for more
         text = beside.read_text(encoding="utf-8", errors="replace").lower()
         for generation in ("chatglm2", "chatglm3"):

@@ -158,14 +158,21 @@ class RoundTokenizer(Tokenizer):
 
 def read_files(directory: Path, model: str, hint: str) -> dict[str, bytes]:
     """The model file and `tokenizer_config.json` (if any) of a directory. Raises UserError."""
-    path = directory / model
-    try:
-        files = {model: path.read_bytes()}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
-    if (directory / CONFIG).exists():
-        files[CONFIG] = (directory / CONFIG).read_bytes()
+    names = [model, CONFIG] if (directory / CONFIG).exists() else [model]
+    files: dict[str, bytes] = {}
+    for name in names:
+        try:
+            files[name] = (directory / name).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{directory / name}: cannot be read ({error.strerror}); {hint}"
+            ) from error
     return files
+
+
+def well_formed(text: str) -> str:
+    """Text whose lone surrogates, which JSON can hold but no encoding, are U+FFFD, as tiktoken has it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:

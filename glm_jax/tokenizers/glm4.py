@@ -5,7 +5,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from glm_jax.tokenizers.base import (
     RoleTokenizer,
     read_files,
     read_tokenizer_config,
+    well_formed,
 )
 from sharding.errors import UserError
 
@@ -96,17 +97,36 @@ class GLM4Tokenizer(RoleTokenizer):
     def _text(self, ids: list[int]) -> str:
         return self._decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def content(self, message: Message) -> str:
-        """Text of a message; a system message with tools is worded by the repository's own chat template.
+    def message(self, message: Message) -> list[int]:
+        """Ids of one message; tools are a system message of their own before the rest of it.
 
-        Raises UserError where there is none.
+        Raises UserError on an unknown role, and on tools that the repository's chat template does not word.
         """
         if message["role"] != "system" or not message.get("tools"):
-            return super().content(message)
-        rendered: str = self._template.render(messages=[dict(message)], add_generation_prompt=False)
+            return super().message(message)
+        rest = {key: value for key, value in message.items() if key != "tools"}
+        offer = super().message({"role": "system", "content": self._worded(message["tools"])})
+        return offer + (super().message(rest) if message["content"] else [])
+
+    def _worded(self, tools: Sequence[Any]) -> str:
+        """The system text in which the repository's own chat template offers tools."""
+        template = self._template
+        bare = {"role": "system", "content": ""}
+        try:
+            rendered, without = (
+                template.render(messages=[message], add_generation_prompt=False)
+                for message in ({**bare, "tools": tools}, bare)
+            )
+        except Exception as error:  # a template can raise anything
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"chat_template of {CONFIG}: fails ({reason}); leave the tools out"
+            ) from error
         _, found, text = rendered.partition("<|system|>\n")
-        if not found:
-            raise UserError("the chat template words no system message: leave the tools out")
+        if not found or rendered == without:
+            raise UserError(
+                f"chat_template of {CONFIG}: words no tools of a system message; leave the tools out"
+            )
         return text
 
     @cached_property
@@ -119,7 +139,12 @@ class GLM4Tokenizer(RoleTokenizer):
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True
         )
-        return environment.from_string(source)
+        try:
+            return environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"chat_template of {CONFIG}: {error.message}; leave the tools out"
+            ) from error
 
 
 class RanksTokenizer(GLM4Tokenizer):
@@ -133,10 +158,15 @@ class RanksTokenizer(GLM4Tokenizer):
             "glm-4", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
         self.num_ranks = len(ranks)
-        named = config.get("added_tokens_decoder") or {}
-        special = {entry["content"]: int(token) for token, entry in named.items()} or {
-            token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)
+        named = config.get("added_tokens_decoder") or {
+            len(ranks) + i: {"content": token} for i, token in enumerate(SPECIAL_TOKENS)
         }
+        try:
+            special = {entry["content"]: int(token) for token, entry in named.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}: {CONFIG} beside it has added_tokens_decoder, but not as id: {{content}}; {HINT}"
+            ) from error
         self._set_up(special, config, where)
 
     @classmethod
@@ -183,14 +213,16 @@ class FastTokenizer(GLM4Tokenizer):
         try:
             fields = json.loads(files[FAST])
             added = {entry["content"]: int(entry["id"]) for entry in fields["added_tokens"]}
-            # without the added tokens, no text can spell one of them
-            self._plain = tokenizers.Tokenizer.from_str(
-                json.dumps({**fields, "added_tokens": [], "post_processor": None})
-            )
+            # without the added tokens no text can spell one of them; cutting and padding, which a file may ask
+            # for, are no part of the ids
+            plain = dict.fromkeys(("post_processor", "truncation", "padding")) | {
+                "added_tokens": []
+            }
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps({**fields, **plain}))
         except Exception as error:  # what the package raises has no narrower class
-            raise UserError(f"{where}: not a tokenizer.json of GLM-4: {error}; {HINT}") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{where}: not a tokenizer.json of GLM-4: {reason}; {HINT}") from error
         self.num_ranks = self._plain.get_vocab_size(with_added_tokens=False)
-        self._plain_decoder = self._plain.decoder
         self._set_up(added, config, where)
 
     @classmethod
@@ -201,7 +233,7 @@ class FastTokenizer(GLM4Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; no spelling of a special token is one."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._plain.encode(well_formed(text), add_special_tokens=False).ids
         return ids
 
     def _decode_bytes(self, ids: list[int]) -> bytes:

@@ -4,13 +4,23 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from glm_jax.tokenizers.base import Ids, Message, RoundTokenizer, load_pieces, read_files
+from glm_jax.tokenizers.base import (
+    Ids,
+    Message,
+    RoundTokenizer,
+    load_pieces,
+    read_files,
+    well_formed,
+)
+from sharding.errors import UserError
 
 MODEL = "ice_text.model"
 HINT = "give a directory that holds ChatGLM-6B's ice_text.model"
 # what the original takes for special tokens when a text spells them; [gMASK] is not among them
 SPELT = ("<sop>", "<eop>", "</s>", "[MASK]", "<pad>", "<unk>")
 LONGEST_BLANK = 80
+# only the lengths that have a piece: text may spell any other
+BLANKS = rf"<\|blank_({'|'.join(map(str, range(2, LONGEST_BLANK + 1)))})\|>"
 PUNCTUATION = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 CHINESE = "[\u4e00-\u9fff]"
 
@@ -22,6 +32,9 @@ class ChatGLMTokenizer(RoundTokenizer):
         """Args: the repository's tokenizer files; `where`, their directory in errors. Raises UserError."""
         self.files = files
         self._pieces = load_pieces(files[MODEL], where, HINT)
+        for piece in ("<pad>", "<eop>", "[gMASK]", "<sop>"):
+            if self._pieces.PieceToId(piece) == self._pieces.unk_id():
+                raise UserError(f"{where}: holds no piece {piece}; {HINT}")
         self.vocab_size = self._pieces.vocab_size()
         self.pad_id = self._pieces.PieceToId("<pad>")
         self.eos_id = self._pieces.PieceToId("<eop>")
@@ -38,7 +51,7 @@ class ChatGLMTokenizer(RoundTokenizer):
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
         for length in range(LONGEST_BLANK, 1, -1):
             text = text.replace(" " * length, f"<|blank_{length}|>")
-        ids: list[int] = self._pieces.Encode(text)
+        ids: list[int] = self._pieces.Encode(well_formed(text))
         return ids
 
     def encode_original(self, text: str) -> list[int]:
@@ -64,7 +77,7 @@ class ChatGLMTokenizer(RoundTokenizer):
         """
         text: str = self._pieces.Decode([i for i in map(int, ids) if i < self.vocab_size])
         text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
-        return re.sub(r"<\|blank_(\d+)\|>", lambda match: " " * int(match[1]), text)
+        return re.sub(BLANKS, lambda match: " " * int(match[1]), text)
 
     def clean(self, answer: str) -> str:
         """The original's wiping: Chinese punctuation beside Chinese characters."""

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from glm_jax.tokenizers.base import Ids, Message, RoundTokenizer, load_pieces, read_files
+from glm_jax.tokenizers.base import (
+    Ids,
+    Message,
+    RoundTokenizer,
+    load_pieces,
+    read_files,
+    well_formed,
+)
 
 MODEL = "tokenizer.model"
 HINT = "give a directory that holds ChatGLM2's tokenizer.model"
@@ -33,7 +40,7 @@ class ChatGLM2Tokenizer(RoundTokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; no spelling of a special token is one."""
-        ids: list[int] = self._pieces.Encode(text)
+        ids: list[int] = self._pieces.Encode(well_formed(text))
         return ids
 
     def decode(self, ids: Ids, skip_special: bool = True) -> str:

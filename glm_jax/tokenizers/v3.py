@@ -12,7 +12,15 @@ from pathlib import Path
 
 import sentencepiece
 
-from glm_jax.tokenizers.base import CONFIG, Ids, Message, RoleTokenizer, load_pieces, read_files
+from glm_jax.tokenizers.base import (
+    CONFIG,
+    Ids,
+    Message,
+    RoleTokenizer,
+    load_pieces,
+    read_files,
+    well_formed,
+)
 from sharding.errors import UserError
 
 MODEL = "tokenizer.model"
@@ -115,7 +123,7 @@ class ChatGLM3Tokenizer(RoleTokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without any special token."""
-        ids: list[int] = self._pieces.Encode(text)
+        ids: list[int] = self._pieces.Encode(well_formed(text))
         return ids
 
     def decode(self, ids: Ids, skip_special: bool = True) -> str:

@@ -49,6 +49,18 @@ class Stored:
                 self._fill(descriptor, out[number], row * width + first * inner)
         return out.view(self.dtype).reshape(stop - start, last - first, *self.shape[2:])
 
+    def strips(self, first: int, last: int, height: int) -> Iterator[np.ndarray]:
+        """Rows `first` to `last` of a matrix, `height` at a time, in memory that the next strip takes over."""
+        width = math.prod(self.shape[1:])
+        rows = np.empty((height, width), self.dtype)
+        flat = rows.reshape(-1).view(np.uint8)
+        with self._open() as descriptor:
+            for start in range(first, last, height):
+                count = min(height, last - start)
+                size = count * width * self.dtype.itemsize
+                self._fill(descriptor, flat[:size], start * width * self.dtype.itemsize)
+                yield rows[:count]
+
     def chunks(self) -> Iterator[np.ndarray]:
         """The tensor's bytes, a few MiB at a time."""
         buffer = np.empty(min(CHUNK, self.nbytes), np.uint8)

@@ -1,6 +1,7 @@
 """What comes in from Hugging Face goes out byte for byte; what cannot is told in one line."""
 
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 from glm_jax import hf
 from glm_jax.config import GLMConfig, GLMV1Config
 from glm_jax.convert import (
+    DTYPES,
     Card,
     card_of,
     companions,
@@ -85,6 +87,11 @@ def test_another_dtype_is_the_rounded_value(shared: Path, tmp_path: Path, dtype:
     fields = read_fields(tmp_path / "out")
     assert fields == read_fields(source) | {"torch_dtype": dtype}
     assert list(fields) == list(read_fields(source))
+    # what was written comes in and out as it is
+    import_hf(tmp_path / "out", tmp_path / "again", "keep", None, _quiet)
+    export_hf(tmp_path / "again", tmp_path / "same", None, "keep", None, _quiet)
+    ours, theirs = (hash_tensors(find_tensors(tmp_path / name)) for name in ("same", "out"))
+    assert differing(ours, theirs) == []
     # and at the door out
     import_hf(source, tmp_path / "kept", "keep", None, _quiet)
     export_hf(tmp_path / "kept", tmp_path / "out2", None, dtype, None, _quiet)
@@ -139,6 +146,34 @@ def test_a_checkpoint_loads_onto_every_layout(
             for path, weight in hf.host_weights(load_model(tmp_path / "out", Layout())).items():
                 np.testing.assert_array_equal(weight, expected[path], err_msg=path)
         shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("folder", ["glm-4-9b-chat", "GLM-4-9B-0414", "chatglm2-6b"])
+def test_a_shard_reads_its_own_bytes_and_no_others(
+    shared: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(shared / "golden" / folder)
+    count = 0
+    preadv = os.preadv
+
+    def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal count
+        got = preadv(descriptor, buffers, offset)
+        count += got
+        return got
+
+    monkeypatch.setattr(os, "preadv", counted)
+    layout = Layout(fsdp=4, tensor=2)
+    with jax.set_mesh(layout.mesh()):
+        shapes = jax.eval_shape(partial(init_model, source.config, layout), jax.random.key(0))
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+            sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
+            index = sharding.devices_indices_map(leaf.shape)[jax.devices()[5]]
+            name = jax.tree_util.keystr(keys)
+            count = 0
+            piece = hf.read_shard(source, name, None, leaf.shape, index)
+            assert count == piece.nbytes, name
+            assert piece.shape == sharding.shard_shape(leaf.shape)
 
 
 def test_companions_travel_and_weights_do_not(shared: Path, tmp_path: Path) -> None:
@@ -276,3 +311,14 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.json").unlink()
     with pytest.raises(UserError, match=r"cannot read .*config\.json"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (256, 256), (300, 513), (2, 1000), (700, 3)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_transposing_in_tiles(shape: tuple[int, int], dtype: str) -> None:
+    kind = DTYPES[dtype]
+    assert kind is not None
+    matrix = (np.arange(shape[0] * shape[1], dtype=np.float32) % 2039).reshape(shape).astype(kind)
+    ours = hf.transposed(matrix)
+    np.testing.assert_array_equal(ours, matrix.T)
+    assert ours.flags.c_contiguous and ours.dtype == kind

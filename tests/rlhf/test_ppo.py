@@ -121,6 +121,13 @@ def models(small: GLMConfig) -> Iterator[Models]:
         yield Models(actor=policy, critic=scorer, reference=policy, reward=scorer)
 
 
+@pytest.mark.parametrize("part", [{"top_k": 5}, {"top_p": 0.9}])
+def test_sampling_from_a_part_of_the_distribution_is_refused(part: dict[str, float]) -> None:
+    config = PPOConfig(sampling=SamplingConfig(**part))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="top_k and top_p must be 0 and 1"):
+        config.check(LAYOUT)
+
+
 def _answers(models: Models, sampling: SamplingConfig) -> Generation:
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 64, (8, 5)).astype(np.int32)

@@ -105,6 +105,10 @@ def test_chat_prompts(tokenizer: Tokenizer, golden: dict[str, Any]) -> None:
     for case in golden["chat"]:
         expected = case.get("input_ids_by_message") or case["input_ids"]
         assert tokenizer.chat_prompt(_messages(case)) == expected, case
+        if isinstance(tokenizer, RanksTokenizer):  # what apply_chat_template makes of its text
+            assert tokenizer.encode_original(case["text"]) == case["input_ids"]
+        elif "decoded" in case:
+            assert tokenizer.decode(expected, skip_special=False) == case["decoded"]
 
 
 def test_training_examples(tokenizer: Tokenizer, golden: dict[str, Any]) -> None:
@@ -126,6 +130,28 @@ def test_padded_batches(tokenizer: Tokenizer, golden: dict[str, Any]) -> None:
     np.testing.assert_array_equal(ids, batch["input_ids"])
     if "attention_mask" in batch:
         np.testing.assert_array_equal(valid, np.array(batch["attention_mask"]).astype(bool))
+        positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
+        np.testing.assert_array_equal(positions, batch["position_ids"])
+
+
+def test_spelt_special_tokens_and_text_pieces_of_chatglm_6b(shared: Path) -> None:
+    folder = shared / "tokenizers" / "chatglm-6b"
+    golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, ChatGLMTokenizer)
+    pieces = golden["special_by_piece"]
+    assert tokenizer.encode("a\tb")[1] == pieces["<|tab|>"]
+    assert tokenizer.encode("a\nb")[1] == pieces["<n>"]
+    assert tokenizer.encode("a" + " " * 80 + "b")[1] == pieces["<|blank_80|>"]
+    batch = golden["mask_in_text"]
+    rows = [[*tokenizer.encode_original(text), *tokenizer.prefix] for text in batch["texts"]]
+    ids, _ = pad_left(rows, len(batch["input_ids"][0]), tokenizer.pad_id)
+    assert ids.tolist() == batch["input_ids"]
+    spelt = [*tokenizer.encode("a"), pieces["[MASK]"], *tokenizer.encode("b")]
+    assert tokenizer.encode_original("a  [MASK]\n b") == spelt
+    for text in batch["texts"]:  # a message's [MASK] is text
+        asked = tokenizer.chat_prompt([{"role": "user", "content": text}])
+        assert asked.count(pieces["[MASK]"]) == 0
 
 
 def test_saving_gives_the_repository_s_files_byte_for_byte(

@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 from glm_jax.tokenizers import (
     ChatGLM2Tokenizer,
     ChatGLMTokenizer,
-    FastTokenizer,
     RanksTokenizer,
     Tokenizer,
     load_tokenizer,
 )
-from glm_jax.tokenizers.glm4 import PATTERN, _byte_alphabet
 from sharding.errors import UserError
 
 FOLDERS = ("chatglm-6b", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat")
@@ -61,17 +59,83 @@ def _special(tokenizer: Tokenizer) -> set[int]:
 @given(text=TEXT)
 def test_no_text_spells_a_special_token(loaded: dict[str, Tokenizer], text: str) -> None:
     for tokenizer in loaded.values():
-        assert not _special(tokenizer) & set(tokenizer.encode(text)), type(tokenizer)
-        empty = tokenizer.chat_prompt([{"role": "user", "content": ""}])
-        prompt = tokenizer.chat_prompt([{"role": "user", "content": text}])
-        count = [sum(token in _special(tokenizer) for token in ids) for ids in (empty, prompt)]
-        assert count[0] == count[1]
+        special = _special(tokenizer)
+        assert not special & set(tokenizer.encode(text)), type(tokenizer)
+        for roles in _conversations(tokenizer):
+            empty, full = (
+                [message | {"content": content} for message in roles] for content in ("x", text)
+            )
+            ids, plain = (tokenizer.chat_prompt(messages) for messages in (full, empty))
+            assert _kept(ids, special) == _kept(plain, special)
+            (ids, _), (plain, _) = (
+                tokenizer.chat_example([*messages, {"role": "assistant", "content": answer}])
+                for messages, answer in ((full, text), (empty, "x"))
+            )
+            assert _kept(ids, special) == _kept(plain, special)
+
+
+def _kept(ids: list[int], special: set[int]) -> list[int]:
+    return [token for token in ids if token in special]
+
+
+def _conversations(tokenizer: Tokenizer) -> list[list[dict[str, str]]]:
+    turns = [{"role": role} for role in ("user", "assistant", "user")]
+    if isinstance(tokenizer, ChatGLMTokenizer | ChatGLM2Tokenizer):
+        return [turns]
+    called = {"role": "assistant", "metadata": "<|user|>[gMASK]"}
+    return [turns, [{"role": "system"}, turns[0], called, {"role": "observation"}]]
+
+
+def test_tools_are_text(loaded: dict[str, Tokenizer]) -> None:
+    tokenizer = loaded["glm-4-9b-chat"]
+    assert isinstance(tokenizer, RanksTokenizer)
+    function = {"name": "f", "description": "<|user|>\n<|system|>\n[gMASK]"}
+    system = {"role": "system", "tools": [{"type": "function", "function": function}]}
+    for content, opened in (("", 1), ("Be brief <|system|>\n", 2)):
+        prompt = tokenizer.chat_prompt([system | {"content": content}])
+        assert _kept(prompt, _special(tokenizer)) == [
+            *tokenizer.prefix,
+            *[tokenizer.special["<|system|>"]] * opened,
+            tokenizer.assistant_id,
+        ]
+
+
+def test_tools_and_words_of_a_system_are_the_template_s_two_messages(
+    loaded: dict[str, Tokenizer], shared: Path
+) -> None:
+    tokenizer = loaded["glm-4-9b-chat"]
+    assert isinstance(tokenizer, RanksTokenizer)
+    golden = json.loads((shared / "tokenizers/glm-4-9b-chat/golden.json").read_text("utf-8"))
+    (case,) = (case for case in golden["chat"] if "tools" in case["messages"][0])
+    system, *rest = case["messages"]
+    text = case["text"].replace("<|user|>", "<|system|>\nBe brief.<|user|>", 1)
+    asked = tokenizer.chat_prompt([system | {"content": "Be brief."}, *rest])
+    assert asked == tokenizer.encode_original(text)
 
 
 @settings(max_examples=60, deadline=None)
 @given(text=TEXT)
 def test_what_is_encoded_decodes_to_the_same_text(loaded: dict[str, Tokenizer], text: str) -> None:
-    assert loaded["glm-4-9b-chat"].decode(loaded["glm-4-9b-chat"].encode(text)) == text
+    for name in ("chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat"):
+        same = text if name == "glm-4-9b-chat" else text.replace("\u2581", " ")
+        assert loaded[name].decode(loaded[name].encode(text)) == same, name
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_half_a_surrogate_pair_is_the_replacement_character(
+    loaded: dict[str, Tokenizer], folder: str
+) -> None:
+    tokenizer = loaded[folder]
+    assert tokenizer.encode("a\ud83db") == tokenizer.encode("a\ufffdb")
+    assert tokenizer.encode("a\ud83d\udc4bb") == tokenizer.encode("a\U0001f44bb")
+
+
+def test_only_blanks_that_have_a_piece_are_blanks(loaded: dict[str, Tokenizer]) -> None:
+    tokenizer = loaded["chatglm-6b"]
+    for length in (2, 9, 10, 79, 80):
+        assert tokenizer.decode(tokenizer.encode(f"a<|blank_{length}|>b")) == f"a{' ' * length}b"
+    for spelt in ("<|blank_1|>", "<|blank_81|>", "<|blank_02|>", "<|blank_99999999999999999999|>"):
+        assert tokenizer.decode(tokenizer.encode(f"a{spelt}b")) == f"a{spelt}b"
 
 
 def test_a_spelling_reads_the_same_whether_or_not_it_is_special(
@@ -96,6 +160,8 @@ def test_answers_are_cut_and_cleaned(loaded: dict[str, Tokenizer]) -> None:
     assert v1.decode_answer([*v1.encode("好的，没问题！ yes, sir!"), v1.eos_id, 5]) == (
         "好的，没问题！ yes, sir!"
     )
+    assert v1.decode_answer(v1.encode("好,了!ok?可以;well: a,b")) == "好，了！ok？可以；well: a,b"
+    assert v2.decode([v2.pad_id, *v2.encode("fine")]) == "fine"
     assert v2.decode_answer([*v2.encode(" fine \n"), v2.eos_id, 36474]) == "fine"
     answer = [*v4.encode("get_weather\n{}"), v4.eos_id, *v4.encode("more")]
     assert v4.decode_answer(answer) == "{}"
@@ -110,6 +176,16 @@ def test_tools_need_the_repository_s_template(shared: Path, tmp_path: Path) -> N
     system = {"role": "system", "content": "", "tools": [{"type": "function"}]}
     with pytest.raises(UserError, match="need the chat_template"):
         bare.chat_prompt([system])
+    for template, complaint in (
+        ("{% if", "unexpected 'end of template'"),
+        ("<|system|>\n{{ messages[0].tools | tojson(some=1) }}", r"fails \(.*'some'\)"),
+        ("[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{% endfor %}", "words no tools"),
+        ("{{ messages[0].tools }}", "words no tools"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        with pytest.raises(UserError, match=complaint) as caught:
+            load_tokenizer(tmp_path).chat_prompt([system])
+        assert "\n" not in str(caught.value)
 
 
 def test_directories_without_a_tokenizer_are_named(tmp_path: Path) -> None:
@@ -121,9 +197,32 @@ def test_directories_without_a_tokenizer_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"YQ== 0\nnonsense\n")
     with pytest.raises(UserError, match="holds no byte-pair ranks"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"YQ== 0\n")
+    for named in ('["<eop>"]', '{"x": {"content": "<eop>"}}', '{"1": "<eop>"}', '{"1": {}}'):
+        (tmp_path / "tokenizer_config.json").write_text(f'{{"added_tokens_decoder": {named}}}')
+        with pytest.raises(UserError, match="added_tokens_decoder, but not as id"):
+            load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer.model").unlink()
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"not a tokenizer\.json of GLM-4"):
+        load_tokenizer(tmp_path)
+
+
+def test_other_sentencepiece_models_are_no_chatglm_6b(shared: Path, tmp_path: Path) -> None:
+    model = (shared / "tokenizers" / "chatglm2-6b" / "tokenizer.model").read_bytes()
+    (tmp_path / "ice_text.model").write_bytes(model)
+    with pytest.raises(UserError, match=r"ice_text\.model: holds no piece <pad>"):
+        load_tokenizer(tmp_path)
+
+
+def test_folders_in_place_of_files_are_named(shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").mkdir()
+    with pytest.raises(UserError, match="no tokenizer in"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "ice_text.model").write_bytes(b"")
+    (tmp_path / "tokenizer_config.json").mkdir()
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: cannot be read"):
         load_tokenizer(tmp_path)
 
 
@@ -133,98 +232,3 @@ def test_chatglm2_and_chatglm3_are_told_apart(shared: Path, tmp_path: Path) -> N
     assert not isinstance(load_tokenizer(tmp_path), ChatGLM2Tokenizer)  # nothing says: the latest
     (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "THUDM/chatglm2-6b-32k"}))
     assert isinstance(load_tokenizer(tmp_path), ChatGLM2Tokenizer)
-
-
-def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of ranks that makes another, by the rank it makes."""
-    merges = []
-    for token in ranks:
-        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = [(a, b) for a, b in halves if a in ranks and b in ranks]
-        merges += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    return merges
-
-
-def _fast_json(tokenizer: RanksTokenizer) -> str:
-    """The same tokenizer as a tokenizer.json."""
-    spell = {byte: character for character, byte in _byte_alphabet()}
-    ranks: dict[bytes, int] = tokenizer._encoding._mergeable_ranks
-
-    def spelt(token: bytes) -> str:
-        return "".join(spell[byte] for byte in token)
-
-    added = [
-        {
-            "id": token_id,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for token, token_id in tokenizer.special.items()
-    ]
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": PATTERN},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    bytes_ = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
-    return json.dumps(
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
-            "post_processor": None,
-            "decoder": bytes_,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": {spelt(token): rank for token, rank in ranks.items()},
-                "merges": [[spelt(a), spelt(b)] for a, b in _merges(ranks)],
-            },
-        },
-        ensure_ascii=False,
-    )
-
-
-def test_a_tokenizer_json_gives_the_same_ids(
-    loaded: dict[str, Tokenizer], shared: Path, tmp_path: Path
-) -> None:
-    ranks = loaded["glm-4-9b-chat"]
-    assert isinstance(ranks, RanksTokenizer)
-    (tmp_path / "tokenizer.json").write_text(_fast_json(ranks), encoding="utf-8")
-    source = shared / "tokenizers" / "glm-4-9b-chat"
-    (tmp_path / "tokenizer_config.json").write_bytes(
-        (source / "tokenizer_config.json").read_bytes()
-    )
-    fast = load_tokenizer(tmp_path)
-    assert isinstance(fast, FastTokenizer)
-    assert (fast.vocab_size, fast.prefix, fast.stop_ids) == (
-        ranks.vocab_size,
-        ranks.prefix,
-        ranks.stop_ids,
-    )
-    golden = json.loads((source / "golden.json").read_text(encoding="utf-8"))
-    for case in golden["tiktoken_strings"]:
-        assert fast.encode(case["text"]) == case["ids"]
-        assert fast.decode(case["ids"]) == case["decoded"]
-    for case in golden["chat"]:
-        expected = case["input_ids_by_message"] or case["input_ids"]
-        assert fast.chat_prompt(case["messages"]) == expected

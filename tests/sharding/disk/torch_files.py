@@ -29,8 +29,11 @@ class _Tensor:
         self.storage, self.shape, self.strides = storage, shape, strides
 
 
-class _Pickler(pickle._Pickler):  # type: ignore[misc, name-defined]
-    """The pure-Python pickler, which can be taught to write names of modules that do not exist here."""
+_PurePython: Any = pickle._Pickler
+
+
+class _Pickler(_PurePython):
+    """The pickler written in Python, which can be taught to write names of modules that do not exist here."""
 
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, _Storage):

@@ -27,8 +27,9 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        where = f"{error.filename}: " if error.filename not in (None, str(path)) else ""
         reason = ADVICE.get(error.errno or 0, f"{error.strerror or error}: write elsewhere")
-        raise UserError(f"cannot write {path}: {reason}") from error
+        raise UserError(f"cannot write {path}: {where}{reason}") from error
 
 
 @contextlib.contextmanager
@@ -40,17 +41,25 @@ def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     path = path.absolute()
     if path.exists() and not replace:
         raise UserError(f"{path} exists already: choose another name or remove it")
+    if path.exists() and (path.is_symlink() or not path.is_dir()):
+        raise UserError(f"{path} is no directory: choose another name or remove it")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
     try:
         with explained(path):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
-            if path.exists():
-                shutil.rmtree(path)
+            if replace and path.exists():
+                os.replace(path, old)  # two renames, so that at no time both are gone
+            elif path.exists():
+                raise UserError(f"{path} appeared meanwhile: choose another name or remove it")
             os.replace(partial, path)
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

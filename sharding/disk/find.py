@@ -69,7 +69,7 @@ def _by_index(directory: Path, index: Path, read: Reader) -> dict[str, Stored]:
         shards = {name: Path(str(shard)) for name, shard in weight_map.items()}
     except OSError as error:
         raise UserError(f"cannot read {index}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{index}: not an index of weight files: {error}") from None
     for name, shard in shards.items():
         if shard.name != str(shard):

@@ -84,7 +84,7 @@ def _read(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise UserError(
             f"cannot read {path}: {error.strerror}; export writes it, other directories have none"
         ) from None
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{path}: not a manifest that export wrote") from None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sharding.disk.stored import Stored
+from sharding.disk.stored import Stored, possible
 from sharding.errors import UserError
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
@@ -81,8 +81,7 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
     """One tensor of the header. Raises UserError where it contradicts itself."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, begin, end]
-        if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers) or begin > end:
+        if not isinstance(dtype, str) or not possible(shape, begin, end) or begin > end:
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: the header's entry of tensor {name} is damaged") from None

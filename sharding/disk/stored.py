@@ -3,14 +3,24 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from sharding.errors import UserError
 
+MAX_DIMENSIONS = 64  # what NumPy can hold
 CHUNK = 1 << 23  # bytes: what is read at a time where a whole tensor need not be held
+
+
+def possible(sizes: Iterable[object], *others: object) -> bool:
+    """Whether a header's numbers are sizes and offsets that an array in memory can have."""
+    sizes = tuple(sizes)
+    numbers = [*sizes, *others]
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        return False
+    return len(sizes) <= MAX_DIMENSIONS and math.prod(n or 1 for n in sizes) < 1 << 58  # type: ignore[misc]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +42,21 @@ class Stored:
         """The tensor, or a range of its rows and columns, in memory of its own.
 
         Only the bytes of what is asked for are read. The file is not mapped, so that nothing but the result is
-        resident. Raises UserError where the file is shorter than its header says.
+        resident. Raises UserError where the file is shorter than its header says, ValueError for steps other than 1.
         """
         if rows is None and columns is None:
             return self._read_bytes(0, self.nbytes).view(self.dtype).reshape(self.shape)
         width = math.prod(self.shape[1:]) * self.dtype.itemsize
-        start, stop, _ = (rows or slice(None)).indices(self.shape[0])
+        start, stop, step = (rows or slice(None)).indices(self.shape[0])
+        if step != 1 or (columns is not None and columns.step not in (None, 1)):
+            raise ValueError(f"{self.name}: only ranges without gaps are read: {rows}, {columns}")
+        stop = max(start, stop)
         if columns is None or columns.indices(self.shape[1]) == (0, self.shape[1], 1):
             data = self._read_bytes(start * width, (stop - start) * width)
             return data.view(self.dtype).reshape(stop - start, *self.shape[1:])
         first, last, _ = columns.indices(self.shape[1])
-        inner = width // self.shape[1]
+        last = max(first, last)
+        inner = width // max(self.shape[1], 1)
         out = np.empty((stop - start, (last - first) * inner), np.uint8)
         with self._open() as descriptor:
             for number, row in enumerate(range(start, stop)):

@@ -7,10 +7,14 @@ answered by stand-ins, and every other name is refused.
 
 import collections
 import io
+import lzma
 import math
 import pickle
+import pickletools
 import struct
+import types
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +22,21 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from sharding.disk.stored import Stored
+from sharding.disk.stored import Stored, possible
 from sharding.errors import UserError
 
 MAX_PICKLE = 1 << 26  # bytes; that of ChatGLM-6B has some ten thousand
+DAMAGE = (  # what zipfile raises when bytes of an archive are not what they were
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+)
 STORAGES: Mapping[str, np.dtype] = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
@@ -57,10 +72,9 @@ class _StorageType(NamedTuple):
 
 def _tensor(storage: Any, first: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
     """Stands in for torch._utils._rebuild_tensor_v2; `rest` is whether it wants gradients, and hooks."""
-    numbers = [first, *shape, *strides]
     if not isinstance(storage, _Storage) or len(shape) != len(strides):
         raise pickle.UnpicklingError("a tensor without a storage")
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+    if not possible(shape, first, *strides):
         raise pickle.UnpicklingError("a tensor with an impossible shape")
     return _Tensor(storage, first, tuple(shape), tuple(strides))
 
@@ -89,11 +103,15 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return ALLOWED[module, name]
+            known = ALLOWED[module, name]
         except KeyError:
             raise UserError(
-                f"{self.path}: refuses to load {module}.{name}: a checkpoint needs no such thing, do not trust the file"
+                f"{self.path}: refuses to load {f'{module}.{name}'!r}: "
+                "a checkpoint needs no such thing, do not trust the file"
             ) from None
+        if not isinstance(known, types.FunctionType):
+            return known
+        return lambda *arguments: known(*arguments)  # a pickle may set attributes of what it gets
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage_type, key, _, length = pid
@@ -121,7 +139,7 @@ def read_index(path: Path) -> dict[str, Stored]:
                 }
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error):
+    except DAMAGE:
         raise UserError(f"{path}: a damaged or truncated zip archive: fetch it again") from None
 
 
@@ -140,10 +158,13 @@ def _read_pickle(
         raise UserError(
             f"{path}: data.pkl has {info.file_size} bytes, more than a checkpoint needs"
         )
-    if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+    order = entries.get("byteorder")
+    if order and (order.file_size != len(b"little") or archive.read(order) != b"little"):
         raise UserError(f"{path}: was written on a big-endian machine, which is not supported")
     try:
-        tree = _Unpickler(archive.read(info), path).load()
+        data = archive.read(info)
+        _check_memo(data)
+        tree = _Unpickler(data, path).load()
     except (UserError, zipfile.BadZipFile):
         raise
     except Exception as error:  # a damaged pickle can raise whatever its opcodes run into
@@ -151,11 +172,20 @@ def _read_pickle(
     if not isinstance(tree, dict) or not tree:
         raise UserError(f"{path}: holds a {type(tree).__name__}, expected a dictionary of tensors")
     for name, value in tree.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path}: a key is a {type(name).__name__}, expected names of tensors")
         if not isinstance(value, _Tensor):
             raise UserError(
                 f"{path}: entry {name!r} is a {type(value).__name__}, expected a dictionary of tensors"
             )
     return dict(tree)
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse places in the memo that no pickle of this size needs: the list of them grows to the largest."""
+    for opcode, place, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "LONG_BINPUT") and place is not None and int(place) > len(data):
+            raise pickle.UnpicklingError(f"memo place {place}")
 
 
 def _locate(
@@ -174,7 +204,7 @@ def _locate(
     dtype = tensor.storage.dtype
     contiguous = tuple(math.prod(tensor.shape[d + 1 :]) for d in range(len(tensor.shape)))
     moved = [d for d, size in enumerate(tensor.shape) if size > 1]
-    if any(tensor.strides[d] != contiguous[d] for d in moved):
+    if math.prod(tensor.shape) and any(tensor.strides[d] != contiguous[d] for d in moved):
         raise UserError(
             f"{path}: tensor {name} is a transposed or strided view: save it contiguous"
         )
@@ -184,8 +214,11 @@ def _locate(
     # the local header may be longer than the one in the archive's directory says
     file.seek(info.header_offset)
     header = file.read(30)
-    if header[:4] != b"PK\x03\x04":
-        raise UserError(f"{path}: tensor {name}: a damaged zip archive")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
+    if header[:4] != b"PK\x03\x04" or file.read(name_length) != info.orig_filename.encode():
+        raise UserError(f"{path}: tensor {name}: a damaged zip archive: fetch it again")
     start = info.header_offset + 30 + name_length + extra_length
+    following = [o.header_offset for o in entries.values() if o.header_offset > info.header_offset]
+    if following and start + info.file_size > min(following):
+        raise UserError(f"{path}: tensor {name}: its storage reaches into the next: damaged file")
     return Stored(name, path, start + tensor.first * dtype.itemsize, dtype, tensor.shape)

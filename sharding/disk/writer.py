@@ -62,9 +62,16 @@ class ShardWriter:
         self.entries: dict[str, Entry] = {}  # by name, of the tensors written so far
         self._places: dict[str, tuple[Spec, str, int]] = {}
         self._descriptors: dict[str, int] = {}
+        names = [spec.name for spec in specs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"announced twice: {max(names, key=names.count)}")
         shards = plan_shards(specs, max_bytes)
-        for file, shard in shards.items():
-            self._begin(file, shard)
+        try:
+            for file, shard in shards.items():
+                self._begin(file, shard)
+        except BaseException:
+            self._close()
+            raise
         if len(shards) > 1:
             total = sum(spec.nbytes for spec in specs)
             weight_map = {name: file for name, (_, file, _) in sorted(self._places.items())}
@@ -85,6 +92,8 @@ class ShardWriter:
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Write one tensor. Raises ValueError unless it is the announced one, for the first time."""
+        if name not in self._places:
+            raise ValueError(f"{name}: was not announced")
         spec, file, offset = self._places[name]
         if array.shape != spec.shape or array.dtype != spec.dtype or name in self.entries:
             raise ValueError(
@@ -105,14 +114,21 @@ class ShardWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for descriptor in self._descriptors.values():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        if kind is None:
+            for file in list(self._descriptors):
+                with explained(self.directory / file):  # a network disk may tell only now
+                    os.close(self._descriptors.pop(file))
+        self._close()
         lacking = set(self._places) - set(self.entries)
         if kind is None and lacking:
             raise ValueError(
                 f"{len(lacking)} tensors were never written, {min(lacking)} among them"
             )
+
+    def _close(self) -> None:
+        for descriptor in self._descriptors.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 def _write(descriptor: int, data: memoryview, offset: int) -> None:

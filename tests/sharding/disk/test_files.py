@@ -77,6 +77,14 @@ def test_the_safetensors_package_reads_our_files_and_we_read_its(tmp_path: Path)
         np.testing.assert_array_equal(stored.read(), arrays[name])
 
 
+def test_only_ranges_without_gaps_are_read(tmp_path: Path) -> None:
+    _write(tmp_path, ARRAYS)
+    stored = find_tensors(tmp_path)["w"]
+    with pytest.raises(ValueError, match="w: only ranges without gaps"):
+        stored.read(slice(0, 4, 2))
+    assert stored.read(slice(2, 1)).shape == (0, *stored.shape[1:])
+
+
 def test_ranges_of_rows_and_columns(tmp_path: Path) -> None:
     _write(tmp_path, ARRAYS)
     stored = find_tensors(tmp_path)["w"]
@@ -114,7 +122,11 @@ def test_a_writer_takes_each_announced_tensor_once(tmp_path: Path) -> None:
     ):
         pass
     (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="announced twice: w"):
+        ShardWriter(tmp_path, [spec, spec])
     with ShardWriter(tmp_path, [spec]) as writer:
+        with pytest.raises(ValueError, match="v: was not announced"):
+            writer.put("v", np.zeros(2, np.float32))
         for wrong in (np.zeros(3, np.float32), np.zeros(2, np.float16)):
             with pytest.raises(ValueError, match="is not what was announced"):
                 writer.put("w", wrong)
@@ -146,6 +158,13 @@ def _raw(path: Path, header: Any, data: bytes = b"") -> Path:
         ({"w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, b"123", "tensor w is not w"),
         ({"w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, b"12345", "1 bytes follow"),
         ({"w": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]}}, b"1234", "does not begin"),
+        ({"w": {"dtype": [], "shape": [1], "data_offsets": [0, 1]}}, b"1", "tensor w is damaged"),
+        ({"w": {"dtype": "U8", "shape": [1] * 65, "data_offsets": [0, 1]}}, b"1", "w is damaged"),
+        (
+            {"w": {"dtype": "U8", "shape": [0, 1 << 61], "data_offsets": [0, 0]}},
+            b"",
+            "w is damaged",
+        ),
     ],
 )
 def test_damaged_headers_are_named(tmp_path: Path, header: Any, data: bytes, message: str) -> None:
@@ -243,6 +262,16 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with new_directory(target, replace=True) as partial:
         (partial / "y").write_text("2")
     assert [path.name for path in target.iterdir()] == ["y"]
+    with pytest.raises(UserError, match="appeared meanwhile"), new_directory(tmp_path / "b"):
+        (tmp_path / "b").mkdir()
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match="is no directory"),
+        new_directory(tmp_path / "file", replace=True),
+    ):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "file"]
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

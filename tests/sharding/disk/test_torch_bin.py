@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from sharding.disk import torch_bin
 from sharding.disk.find import find_tensors
 from sharding.disk.torch_bin import read_index
 from sharding.errors import UserError
@@ -70,7 +71,7 @@ def test_what_a_pickle_calls_is_refused_by_name_and_never_run(
     path = tmp_path / "pytorch_model.bin"
     torch_files.write(path, pickle.dumps({"w": payload}, protocol, fix_imports=False), {})
     with pytest.raises(
-        UserError, match=rf"pytorch_model\.bin: refuses to load {name}: a checkpoint"
+        UserError, match=rf"pytorch_model\.bin: refuses to load '{name}': a checkpoint"
     ):
         read_index(path)
     assert [p.name for p in tmp_path.iterdir()] == ["pytorch_model.bin"]
@@ -89,6 +90,11 @@ def test_what_a_pickle_calls_is_refused_by_name_and_never_run(
         (b"\x80\x02garbage", "data.pkl is damaged"),
         (b"", "data.pkl is damaged"),
         (b"I1\nQ.", "data.pkl is damaged"),
+        (b"\x80\x04\x8c\x04o\n\x1bs\x8c\x01x\x93.", r"refuses to load 'o\\n\\x1bs\.x'"),
+        (
+            b"\x80\x02Nr\xff\xff\xff\x07.",
+            "data.pkl is damaged or no checkpoint: memo place 134217727",
+        ),
     ],
 )
 def test_other_contents_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
@@ -114,6 +120,47 @@ def test_a_pickle_cannot_reach_beyond_a_storage(tmp_path: Path) -> None:
     torch_files.write(tmp_path / "x.bin", torch_files.pickled(tree), storages)
     with pytest.raises(UserError, match="tensor a: its storage is not in the archive"):
         read_index(tmp_path / "x.bin")
+
+
+def test_a_pickle_cannot_change_what_rebuilds_tensors(tmp_path: Path) -> None:
+    """BUILD sets attributes of any object; were it the function itself, later files would be misread."""
+    before = torch_bin._tensor.__defaults__, dict(torch_bin._tensor.__dict__)
+    build = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\0\0\0__defaults__K\x05\x85s\x86b."
+    torch_files.write(tmp_path / "x.bin", build, {})
+    with pytest.raises(UserError, match="holds a function, expected a dictionary of tensors"):
+        read_index(tmp_path / "x.bin")
+    assert (torch_bin._tensor.__defaults__, torch_bin._tensor.__dict__) == before
+
+
+def test_names_are_text_and_empty_tensors_have_any_strides(tmp_path: Path) -> None:
+    tree, storages = torch_files.tensors({"a": np.zeros((3, 0), np.float32)})
+    tree["a"].strides = (1, 1)
+    torch_files.write(tmp_path / "x.bin", torch_files.pickled(tree), storages)
+    assert read_index(tmp_path / "x.bin")["a"].read().shape == (3, 0)
+    torch_files.write(tmp_path / "x.bin", torch_files.pickled({1: tree["a"]}), storages)
+    with pytest.raises(UserError, match="a key is a int, expected names of tensors"):
+        read_index(tmp_path / "x.bin")
+
+
+def test_damage_anywhere_is_a_user_error_or_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch_files.save(path, {"a": np.arange(12, dtype=np.float16).reshape(3, 4)})
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [good[:size] for size in range(len(good))]
+    for place in range(len(good)):
+        for value in (good[place] ^ 1 << int(rng.integers(8)), 0, 255):
+            damaged.append(good[:place] + bytes([value]) + good[place + 1 :])
+    messages = []
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            for stored in read_index(path).values():
+                stored.read()
+        except UserError as error:
+            messages.append(str(error))
+    assert len(messages) > len(damaged) / 2
+    assert all(str(path) in message and "\n" not in message for message in messages)
 
 
 def test_compressed_old_and_broken_files_are_told_apart(tmp_path: Path) -> None:

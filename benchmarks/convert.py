@@ -3,9 +3,11 @@
     python benchmarks/convert.py --gigabytes 8 --directory /tmp/convert
 
 Writes a synthetic checkpoint of ChatGLM3-6B's shape with as many layers as fit into --gigabytes (at least one),
-bfloat16, in shards; then runs, each in a process of its own whose peak memory is read from outside: `cp -r`,
-`glm-jax import --stream`, `glm-jax export`, `cp -r` once more. Prints seconds, GB/s, the ratio to the mean of both
-`cp`, and peak resident memory.
+bfloat16, in shards; then runs in rounds, each in a process of its own whose peak memory is read from outside: `cp -r`,
+`glm-jax import --stream`, `glm-jax export`, each from files in the page cache to a directory that does not exist yet.
+Prints the median seconds over the rounds and their range, GB/s and the ratio to `cp`: until the command returns, when
+much of what it wrote is in the page cache only, and until that is on the disk. Needs disk space for four copies and one
+of the machine's memory.
 """
 
 import argparse
@@ -13,10 +15,12 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -54,8 +58,33 @@ def write_source(directory: Path, num_bytes: float) -> int:
     return sum(spec.nbytes for spec in specs)
 
 
-def run(*command: str | Path) -> tuple[float, float]:
-    """Seconds of a command, and its peak resident GiB as the kernel tells while it runs."""
+def fill_page_cache(filler: Path, *needed: Path) -> None:
+    """Leave no memory unused but what cached files occupy, those in `needed` among them.
+
+    As on a machine that has been up for a while. A virtual machine gives unused memory back to its host, and is slow to
+    get it again: what finds the more of it in use would look faster.
+    """
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    block = bytearray(1 << 24)
+    if not filler.exists():
+        with filler.open("wb") as file:
+            for _ in range(0, size, len(block)):
+                file.write(block)
+    os.sync()
+    for path in (filler, *(path for root in needed for path in root.rglob("*") if path.is_file())):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+
+
+class Run(NamedTuple):
+    seconds: float  # until the command returned
+    on_disk: float  # seconds until the kernel had written what it left in the page cache
+    peak: float  # GiB, resident
+
+
+def run(*command: str | Path) -> Run:
+    """Run a command; its peak is read from the kernel while it runs."""
     began, peak = time.monotonic(), 0
     process = subprocess.Popen(
         [str(word) for word in command], env={**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -68,7 +97,9 @@ def run(*command: str | Path) -> tuple[float, float]:
         time.sleep(0.02)
     if process.returncode:
         sys.exit(f"{command} failed")
-    return time.monotonic() - began, peak / 2**20
+    seconds = time.monotonic() - began
+    os.sync()
+    return Run(seconds, time.monotonic() - began, peak / 2**20)
 
 
 def main() -> None:
@@ -76,6 +107,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gigabytes", type=float, default=8.0)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, required=True)
     options = parser.parse_args()
     root: Path = options.directory
@@ -84,23 +116,31 @@ def main() -> None:
     largest = max(stored.nbytes for stored in find_tensors(root / "source").values())
     print(f"{count / 1e9:.2f} GB, the largest tensor {largest / 2**30:.2f} GiB")
     glm = Path(sys.executable).with_name("glm-jax")
-    os.sync()
-    results = {"cp": run("cp", "-r", root / "source", root / "copy")}
-    os.sync()
-    results["import --stream"] = run(
-        glm, "import", root / "source", root / "checkpoint", "--stream"
+    source, copy, checkpoint, exported = (
+        root / name for name in ("source", "copy", "checkpoint", "exported")
     )
-    os.sync()
-    results["export"] = run(glm, "export", root / "checkpoint", root / "hf")
-    shutil.rmtree(root / "copy")
-    os.sync()
-    results["cp again"] = run("cp", "-r", root / "source", root / "copy")
-    copying = (results["cp"][0] + results["cp again"][0]) / 2
-    for name, (seconds, peak) in results.items():
-        print(
-            f"{name:16} {seconds:6.1f} s  {count / seconds / 1e9:5.2f} GB/s  {copying / seconds:5.2f} of cp  "
-            f"peak {peak:5.2f} GiB"
-        )
+    commands = {
+        "cp": (source, copy, "cp", "-r", source, copy),
+        "import --stream": (source, checkpoint, glm, "import", source, checkpoint, "--stream"),
+        "export": (checkpoint, exported, glm, "export", checkpoint, exported),
+    }
+    results: dict[str, list[Run]] = {name: [] for name in commands}
+    for _ in range(options.rounds):
+        for name, (reads, writes, *command) in commands.items():
+            shutil.rmtree(writes, ignore_errors=True)
+            fill_page_cache(root / "filler", Path(reads))
+            results[name].append(run(*command))
+    for number, title in ((0, "until it returns"), (1, "until it is on the disk")):
+        times = {name: [run[number] for run in runs] for name, runs in results.items()}
+        copying = statistics.median(times["cp"])
+        for name, seconds in times.items():
+            median = statistics.median(seconds)
+            print(
+                f"{title:24} {name:16} {median:5.1f} s ({min(seconds):.1f} to {max(seconds):.1f}) "
+                f"{count / median / 1e9:5.2f} GB/s {copying / median:5.2f} of cp"
+            )
+    for name, runs in results.items():
+        print(f"{'peak resident memory':24} {name:16} {max(run.peak for run in runs):5.2f} GiB")
     shutil.rmtree(root)
 
 

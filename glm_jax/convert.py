@@ -37,6 +37,7 @@ from sharding.disk.manifest import (
     write_entries,
     write_manifest,
 )
+from sharding.disk.scratch import Scratch
 from sharding.disk.writer import ShardWriter, Spec
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -254,11 +255,12 @@ def _stream(source: hf.Source, dtype: np.dtype | None, path: Path) -> dict[str, 
             stacked.add(keys_of(name))
         arrays[keys_of(name)] = jax.ShapeDtypeStruct(shape, kind)
     leaves = checkpoint.create(path, arrays, stacked)
+    scratch = Scratch()
 
     def move(name: str, row: hf.Row, layer: int) -> None:
         if name not in source.tensors:
             return  # a second copy that was not saved
-        weights, entries[name] = source.split(row, layer)
+        weights, entries[name] = source.split(row, layer, scratch)
         if row.copy:
             return
         for piece, weight in zip(row.pieces, weights, strict=True):
@@ -417,17 +419,19 @@ def _write_tensors(
     config: Config, form: Form, kinds: Mapping[str, np.dtype], weights: Path, writer: ShardWriter
 ) -> None:
     """One layer of one tensor at a time."""
+    scratch = Scratch()
     leaves = {
         name: checkpoint.open_leaf(weights, keys_of(name)) for name in hf.weight_shapes(config)
     }
 
     def move(name: str, row: hf.Row, layer: int) -> None:
         index = (0, layer) if row.per_layer else ()
+        dtype = kinds[row.pieces[0].path]
         parts = [
-            leaves[piece.path].read(*index).astype(kinds[piece.path], copy=False)
+            (part.astype(dtype, copy=False) for part in leaves[piece.path].read_chunks(*index))
             for piece in row.pieces
         ]
-        writer.put(name, hf.join(row, parts))
+        writer.put(name, hf.join(row, config, parts, dtype, scratch))
 
     _in_threads(move, hf.tensor_names(config, form))
 

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, partial
 
 import jax
@@ -22,6 +22,7 @@ from glm_jax.hf_config import Form
 from glm_jax.layers import rotary_frequencies
 from glm_jax.model import CausalLM, init_model
 from sharding.disk.manifest import Entry
+from sharding.disk.scratch import Scratch
 from sharding.disk.stored import Stored
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -76,12 +77,13 @@ class Piece:
         """Tensor rows -> the weight."""
         return (transposed(rows) if self.columns else rows).reshape(shape)
 
-    def fill(self, rows: np.ndarray, weight: np.ndarray) -> None:
-        """The inverse of `to_weight`: write the weight into its rows of the tensor."""
+    def put_rows(self, weight: np.ndarray, first: int, rows: np.ndarray) -> None:
+        """Tensor rows [rows, columns], `first` of this piece's and those after it -> their place in the weight."""
+        last = first + len(rows)
         if self.columns:
-            transposed(weight.reshape(rows.shape[::-1]), rows)
+            transposed(rows, weight.reshape(rows.shape[1], -1)[:, first:last])
         else:
-            rows[...] = weight.reshape(rows.shape)
+            weight.reshape(-1, rows.shape[1])[first:last] = rows
 
     def num_rows(self, shape: Shape) -> int:
         """Rows of the tensor that a weight of this shape takes."""
@@ -101,6 +103,17 @@ class Row:
     def per_layer(self) -> bool:
         """Whether every layer has such a tensor."""
         return "{i}" in self.tensor
+
+    def spans(self, config: Config) -> Iterator[tuple[int, int, int, int]]:
+        """(piece, its first row, the tensor's first row, rows) of what lies together, in the tensor's order."""
+        shapes = weight_shapes(config)
+        counts = [piece.num_rows(shapes[piece.path]) for piece in self.pieces]
+        start = 0
+        for row in range(0, counts[0], self.per_head or counts[0]):
+            for number, count in enumerate(counts):
+                length = self.per_head or count
+                yield number, row, start, length
+                start += length
 
 
 def _one(tensor: str, path: str, columns: int | None = None) -> Row:
@@ -295,36 +308,25 @@ class Source:
         check_finite(block, stored)
         return piece.to_weight(block, local)
 
-    def split(self, row: Row, layer: int) -> tuple[list[np.ndarray], Entry]:
+    def split(self, row: Row, layer: int, scratch: Scratch) -> tuple[list[np.ndarray], Entry]:
         """All weights of a tensor in their stored dtype, and the tensor's hash, in one pass over its bytes.
 
-        A strip of rows is hashed, checked and turned while it is in the processor's cache.
+        A strip of rows is hashed, checked and turned while it is in the processor's cache. The weights stand in
+        `scratch`, until the next call of this thread.
         """
         stored = self.tensors[row.tensor.format(i=layer)]
         shapes = [weight_shapes(self.config)[piece.path] for piece in row.pieces]
+        sizes = [math.prod(shape) for shape in shapes]
+        flat = np.split(scratch.empty(sum(sizes), stored.dtype), np.cumsum(sizes)[:-1])
+        weights = [part.reshape(shape) for part, shape in zip(flat, shapes, strict=True)]
         digest = hashlib.sha256()
-        if row.per_head or row.pieces[0].columns in (None, 0):
-            whole = stored.read()
-            check_finite(whole, stored)
-            digest.update(whole.reshape(-1).view(np.uint8).data)
-            entry = Entry(stored.path.name, stored.dtype.name, stored.shape, digest.hexdigest())
-            if len(row.pieces) == 1:
-                return [whole.reshape(shapes[0])], entry
-            return _parts(row, whole, shapes), entry
-        weights, start = [], 0
-        for piece, shape in zip(row.pieces, shapes, strict=True):
-            count = piece.num_rows(shape)
-            turned = np.empty((stored.shape[1], count), stored.dtype)
-            done = 0
+        for number, first, start, count in row.spans(self.config):
             for strip in stored.strips(start, start + count, TILE):
                 digest.update(strip.reshape(-1).view(np.uint8).data)
                 check_finite(strip, stored)
-                transposed(strip, turned[:, done : done + len(strip)])
-                done += len(strip)
-            weights.append(turned.reshape(shape))
-            start += count
-        entry = Entry(stored.path.name, stored.dtype.name, stored.shape, digest.hexdigest())
-        return weights, entry
+                row.pieces[number].put_rows(weights[number], first, strip)
+                first += len(strip)
+        return weights, Entry(stored.path.name, stored.dtype.name, stored.shape, digest.hexdigest())
 
     def _block(
         self, stored: Stored, row: Row, number: int, rows: slice, columns: slice | None
@@ -338,20 +340,6 @@ class Source:
             return heads[:, number].reshape(-1, *block.shape[1:])
         before = sum(piece.num_rows(shapes[piece.path]) for piece in row.pieces[:number])
         return stored.read(slice(before + rows.start, before + rows.stop), columns)
-
-
-def _parts(row: Row, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
-    """The weights of a whole tensor of several pieces."""
-    if row.per_head:
-        turns = tensor.reshape(-1, len(row.pieces), row.per_head, *tensor.shape[1:])
-        blocks = [turns[:, n].reshape(-1, *tensor.shape[1:]) for n in range(len(row.pieces))]
-    else:
-        counts = [piece.num_rows(shape) for piece, shape in zip(row.pieces, shapes, strict=True)]
-        blocks = np.split(tensor, np.cumsum(counts)[:-1])
-    return [
-        piece.to_weight(block, shape)
-        for piece, block, shape in zip(row.pieces, blocks, shapes, strict=True)
-    ]
 
 
 def check_finite(values: np.ndarray, stored: Stored) -> None:
@@ -450,21 +438,41 @@ def load_weights(
 # Writing ----------------------------------------------------------------------------------------------------------
 
 
-def join(row: Row, weights: Sequence[np.ndarray]) -> np.ndarray:
-    """The tensor made of a row's weights (of one layer), row-major."""
-    pairs = list(zip(row.pieces, weights, strict=True))
-    counts = [piece.num_rows(weight.shape) for piece, weight in pairs]
-    column_dims = pairs[0][0].dimensions(weights[0].shape)[1]
-    columns = (math.prod(column_dims),) if column_dims else ()
-    tensor = np.empty((sum(counts), *columns), weights[0].dtype)
-    start = 0
-    for (piece, weight), count in zip(pairs, counts, strict=True):
-        piece.fill(tensor[start : start + count], weight)
-        start += count
-    if row.per_head:
-        turns = tensor.reshape(len(row.pieces), -1, row.per_head, *columns)
-        return np.ascontiguousarray(np.moveaxis(turns, 0, 1)).reshape(tensor.shape)
-    return tensor
+def join(
+    row: Row,
+    config: Config,
+    parts: Iterable[Iterable[np.ndarray]],
+    dtype: np.dtype,
+    scratch: Scratch | None = None,
+) -> np.ndarray:
+    """The tensor made of a row's weights (of one layer), row-major.
+
+    `parts` gives every weight whole or cut along its first dimension, in `dtype`. With `scratch` the tensor stands
+    there, until the next call of this thread.
+    """
+    shape = tensor_shape(row, config)
+    size = math.prod(shape)
+    tensor = scratch.empty(size, dtype) if scratch else np.empty(size, dtype)
+    tensor = tensor.reshape(shape[0], -1)
+    spans = list(row.spans(config))
+    for number, (piece, weight) in enumerate(zip(row.pieces, parts, strict=True)):
+        mine = [span[1:] for span in spans if span[0] == number]
+        count = sum(length for *_, length in mine)
+        done = 0  # columns of the tensor where the weight is turned, else rows of the piece
+        for part in weight:
+            flat = part.reshape(-1, count if piece.columns else tensor.shape[1])
+            end = done + len(flat)
+            for first, start, length in mine:
+                if piece.columns:
+                    into = tensor[start : start + length, done:end]
+                    transposed(flat[:, first : first + length], into)
+                    continue
+                low, high = max(first, done), min(first + length, end)
+                if low < high:
+                    shift = start - first
+                    tensor[low + shift : high + shift] = flat[low - done : high - done]
+            done = end
+    return tensor.reshape(shape)
 
 
 def to_tensors(config: Config, form: Form, weights: Mapping[str, np.ndarray]) -> Weights:
@@ -472,7 +480,8 @@ def to_tensors(config: Config, form: Form, weights: Mapping[str, np.ndarray]) ->
     tensors: Weights = {}
     for name, row, i in tensor_names(config, form):
         parts = [weights[piece.path] for piece in row.pieces]
-        tensors[name] = join(row, [part[i] for part in parts] if row.per_layer else parts)
+        whole = [[part[i]] if row.per_layer else [part] for part in parts]
+        tensors[name] = join(row, config, whole, parts[0].dtype)
     return tensors
 
 

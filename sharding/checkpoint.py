@@ -154,6 +154,16 @@ class Leaf:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"cannot read {self._path}: {reason}: {AGAIN}") from error
 
+    def read_chunks(self, *index: int) -> Iterator[np.ndarray]:
+        """The entries at `index`, as many of their first dimension at a time as lie in one file. Raises as `read`."""
+        axis = len(index)
+        if axis == len(self.shape):
+            yield self.read(*index)
+            return
+        height = self._chunk()[axis]
+        for start in range(0, self.shape[axis], height):
+            yield self.read(*index, slice(start, min(start + height, self.shape[axis])))
+
     def write(self, values: np.ndarray, *index: int | slice) -> None:
         """Set the entries at `index`; whole chunks (`chunks_of`) are written without reading.
 
@@ -162,12 +172,17 @@ class Leaf:
         with _writing(self._path):
             self._at(index).write(values).result()
 
+    def _chunk(self) -> list[int]:
+        """Shape of the part of the array that lies in one file."""
+        chunk: list[int] = self._array.spec().to_json()["metadata"]["chunks"]
+        return chunk
+
     def _at(self, index: tuple[int | slice, ...]) -> tensorstore.TensorStore:
         return self._array[index] if index else self._array
 
     def check_files(self) -> None:
         """Raise UserError where the file of a chunk is missing or cut short."""
-        chunk = self._array.spec().to_json()["metadata"]["chunks"]
+        chunk = self._chunk()
         size = math.prod(chunk) * self.dtype.itemsize  # at the array's edges too
         counts = (-(-whole // part) for whole, part in zip(self.shape, chunk, strict=True))
         for index in np.ndindex(*counts):

@@ -14,6 +14,7 @@ import numpy as np
 from sharding.disk.directory import explained, write_json
 from sharding.disk.manifest import Entry
 from sharding.disk.safetensors_file import make_header
+from sharding.disk.stored import CHUNK
 from sharding.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -100,10 +101,15 @@ class ShardWriter:
                 f"{name}: {array.dtype} {array.shape} is not what was announced: {spec}"
             )
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        with explained(self.directory / file):
-            _write(self._descriptors[file], data, offset)
-        digest = hashlib.sha256(data).hexdigest()
-        self.entries[name] = Entry(file, spec.dtype.name, spec.shape, digest)
+        digest = hashlib.sha256()
+        for start in range(
+            0, len(data), CHUNK
+        ):  # a write keeps other threads from the file: none for long
+            chunk = data[start : start + CHUNK]
+            with explained(self.directory / file):
+                _write(self._descriptors[file], chunk, offset + start)
+            digest.update(chunk)
+        self.entries[name] = Entry(file, spec.dtype.name, spec.shape, digest.hexdigest())
 
     def __enter__(self) -> "ShardWriter":
         return self

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from glm_jax import hf
 from glm_jax.config import CHATGLM3_6B
-from glm_jax.hf_config import Form, to_hf
+from glm_jax.hf.config import Form, to_hf
+from glm_jax.hf.tables import num_parameters, tensor_names, tensor_shape
 from sharding.disk.directory import write_json
 from sharding.disk.find import find_tensors
 from sharding.disk.writer import ShardWriter, Spec
@@ -36,15 +36,13 @@ from sharding.disk.writer import ShardWriter, Spec
 def write_source(directory: Path, num_bytes: float) -> int:
     """A checkpoint of random finite bits; returns its bytes."""
     layers = 1
-    while (
-        2 * hf.num_parameters(dataclasses.replace(CHATGLM3_6B, num_layers=layers + 1)) < num_bytes
-    ):
+    while 2 * num_parameters(dataclasses.replace(CHATGLM3_6B, num_layers=layers + 1)) < num_bytes:
         layers += 1
     config = dataclasses.replace(CHATGLM3_6B, num_layers=layers)
     dtype = np.dtype(ml_dtypes.bfloat16)
     specs = [
-        Spec(name, dtype, hf.tensor_shape(row, config))
-        for name, row, _ in hf.tensor_names(config, Form.CHATGLM3)
+        Spec(name, dtype, tensor_shape(row, config))
+        for name, row, _ in tensor_names(config, Form.CHATGLM3)
     ]
     rng = np.random.default_rng(0)
     directory.mkdir(parents=True)

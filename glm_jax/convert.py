@@ -1,33 +1,31 @@
-"""Hugging Face directories in and out of checkpoints.
+"""Hugging Face directories into checkpoints and back, one tensor at a time, whole or not at all."""
 
-A checkpoint is a directory:
-
-    model.json   the shape, the form it came in, its special tokens
-    weights/     the Orbax tree of a CausalLM, its layers [1, layer, ...]
-    hf/          what the original repository holds beside its weights: config.json, tokenizer files, ...
-    hf/buffers/  its tensors that are no parameters
-    import.json  a hash of every tensor that was read, where they were kept as they are
-"""
-
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
-from glm_jax import hf
-from glm_jax.config import Config, GLMConfig, GLMV1Config
-from glm_jax.hf_config import RELEASED_TOKENS, Form, Tokens, form_of, from_hf, read_fields, to_hf
-from glm_jax.model import CausalLM, init_model, restack
+from glm_jax.checkpoint import DTYPES, Card, card_of, keys_of, open_source, unstaged
+from glm_jax.config import Config
+from glm_jax.hf.config import Form, to_hf
+from glm_jax.hf.tables import (
+    BLOCK,
+    BUFFERS,
+    Row,
+    num_parameters,
+    table,
+    tensor_names,
+    tensor_shape,
+    weight_shapes,
+)
+from glm_jax.hf.tensors import Source, join, load_weights, make_buffers
 from sharding import checkpoint
-from sharding.disk.directory import explained, new_directory, write_json
+from sharding.disk.directory import explained, new_directory
 from sharding.disk.find import INDEXES, find_tensors
 from sharding.disk.manifest import (
     Entry,
@@ -42,160 +40,11 @@ from sharding.disk.writer import ShardWriter, Spec
 from sharding.errors import UserError
 from sharding.layout import Layout
 
-DTYPES: Mapping[str, np.dtype | None] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "keep": None,
-}
 # what a repository holds beside weights: configs, tokenizers, remote code, licences, model cards
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.md", "*LICENSE*")
 OURS = {"manifest.json", *INDEXES}
 THREADS = 2  # one reads while another computes; each holds one layer of one tensor
 Tell = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What a checkpoint's model.json says."""
-
-    config: Config
-    form: Form
-    tokens: Tokens
-
-    def write(self, directory: Path) -> None:
-        """Write model.json."""
-        fields = dataclasses.asdict(self.config)
-        del fields["compute_dtype"]  # of a run, not of a model
-        card = {
-            "architecture": type(self.config).__name__,
-            "config": fields,
-            "form": self.form.name,
-            "tokens": dataclasses.asdict(self.tokens),
-        }
-        write_json(directory / "model.json", card)
-
-    @classmethod
-    def read(cls, directory: Path) -> "Card":
-        """Read model.json. Raises UserError where it is missing or not what `write` writes."""
-        path = directory / "model.json"
-        architectures: Mapping[str, type[Config]] = {
-            "GLMConfig": GLMConfig,
-            "GLMV1Config": GLMV1Config,
-        }
-        try:
-            card = json.loads(path.read_text(encoding="utf-8"))
-            config = architectures[card["architecture"]](**card["config"])
-            return cls(config, Form[card["form"]], Tokens(**card["tokens"]))
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}; give a checkpoint") from None
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
-
-
-def is_checkpoint(directory: Path) -> bool:
-    """Whether this is one of our checkpoints, not a Hugging Face directory."""
-    return (directory / "model.json").exists()
-
-
-def card_of(directory: Path) -> Card:
-    """What a checkpoint or a Hugging Face directory holds. Raises UserError."""
-    if is_checkpoint(directory):
-        return Card.read(directory)
-    fields, where = read_fields(directory), str(directory / "config.json")
-    config, form = from_hf(fields, where), form_of(fields, where)
-    released = RELEASED_TOKENS[form]
-    tokens = Tokens(
-        fields.get("eos_token_id", released.eos), fields.get("pad_token_id", released.pad)
-    )
-    return Card(config, form, tokens)
-
-
-def companion_directory(directory: Path) -> Path:
-    """Where the tokenizer files of a checkpoint or a Hugging Face directory are."""
-    return directory / "hf" if is_checkpoint(directory) else directory
-
-
-def read_shape(directory: Path) -> Config:
-    """The shape of the model in a checkpoint or a Hugging Face directory. Raises UserError."""
-    return card_of(directory).config
-
-
-def open_source(directory: Path) -> hf.Source:
-    """The tensors of a Hugging Face directory, checked against its config.json. Raises UserError."""
-    card = card_of(directory)
-    tensors = find_tensors(directory)
-    shapes = {name: stored.shape for name, stored in tensors.items()}
-    hf.check_tensors(card.config, card.form, shapes, str(directory))
-    return hf.Source(card.config, card.form, tensors)
-
-
-def load_model(
-    directory: Path, layout: Layout, compute_dtype: str = "float32", dtype: str = "float32"
-) -> CausalLM:
-    """The model of a checkpoint or a Hugging Face directory, split as `layout` says on the current mesh.
-
-    `dtype` is that of the weights ("keep": as stored). Raises UserError.
-    """
-    wanted = DTYPES[dtype]
-    if not is_checkpoint(directory):
-        source = open_source(directory)
-        config = dataclasses.replace(source.config, compute_dtype=compute_dtype)
-        config.check(layout)
-        return hf.load_weights(dataclasses.replace(source, config=config), layout, wanted)
-    config = dataclasses.replace(Card.read(directory).config, compute_dtype=compute_dtype)
-    config.check(layout)
-    stored = checkpoint.shapes(directory / "weights")
-    flat = _unstaged(layout)
-
-    def typed(path: tuple[jax.tree_util.KeyEntry, ...], x: Any) -> Any:
-        keys = keys_of(jax.tree_util.keystr(path))
-        if keys not in stored:
-            raise UserError(f"{directory}: {'.'.join(keys)} is not among its weights")
-        return jax.ShapeDtypeStruct(x.shape, wanted or stored[keys].dtype, sharding=x.sharding)
-
-    like = jax.tree_util.tree_map_with_path(typed, _shapes(config, flat))
-    model = checkpoint.restore(directory / "weights", like)
-    if layout.ways("stage") == 1:
-        return model
-    return jax.jit(partial(restack, like=_shapes(config, layout)), donate_argnums=0)(model)
-
-
-def save_model(
-    model: CausalLM,
-    layout: Layout,
-    card: Card,
-    directory: Path,
-    save_tokenizer: Callable[[Path], Any],
-) -> None:
-    """Write a checkpoint of a model that lies on the current mesh as `layout` says; whole or not at all."""
-    flat = _unstaged(layout)
-    if layout.ways("stage") > 1:
-        model = jax.jit(partial(restack, like=_shapes(model.trunk.config, flat)))(model)
-    with new_directory(directory, replace=True) as partial_directory:
-        checkpoint.save(partial_directory / "weights", model)
-        card.write(partial_directory)
-        (partial_directory / "hf").mkdir()
-        save_tokenizer(partial_directory / "hf")
-
-
-def _shapes(config: Config, layout: Layout) -> CausalLM:
-    return jax.eval_shape(partial(init_model, config, layout), jax.random.key(0))
-
-
-def _unstaged(layout: Layout) -> Layout:
-    """The layout in which models are kept: [1, layer, ...], a pipeline's stages being shards of the layers."""
-    moved = {"stage": (), "layer": layout.axes("stage") if layout.ways("stage") > 1 else ()}
-    rules = tuple((name, moved.get(name, axes)) for name, axes in layout.rules)
-    return dataclasses.replace(layout, rules=rules, microbatches=1)
-
-
-def keys_of(path: str) -> checkpoint.Keys:
-    """(".trunk.embedding") -> ("trunk", "embedding")."""
-    return tuple(path.strip(".").split("."))
-
-
-# Import -----------------------------------------------------------------------------------------------------------
 
 
 def import_hf(directory: Path, out: Path, dtype: str, layout: Layout | None, tell: Tell) -> None:
@@ -212,24 +61,24 @@ def import_hf(directory: Path, out: Path, dtype: str, layout: Layout | None, tel
     source = open_source(directory)
     wanted = DTYPES[dtype]
     card = card_of(directory)
-    check_space(out, hf.num_parameters(source.config) * (wanted or _dtype_of(source)).itemsize)
+    check_space(out, num_parameters(source.config) * (wanted or _dtype_of(source)).itemsize)
     with new_directory(out) as partial_directory:
         weights = partial_directory / "weights"
         if layout is None:
             entries = _stream(source, wanted, weights)
         else:
             source.config.check(layout)
-            checkpoint.save(weights, hf.load_weights(source, _unstaged(layout), wanted))
+            checkpoint.save(weights, load_weights(source, unstaged(layout), wanted))
             entries = hash_tensors(source.tensors, THREADS)
         card.write(partial_directory)
         _keep_companions(directory, source, partial_directory / "hf")
         _check_copies(source, entries)
         write_entries(partial_directory / "import.json", entries)
-    tell(f"{out}: {hf.num_parameters(source.config):,} parameters of {source.form.value}")
+    tell(f"{out}: {num_parameters(source.config):,} parameters of {source.form.value}")
 
 
-def _dtype_of(source: hf.Source) -> np.dtype:
-    name, _, _ = next(hf.tensor_names(source.config, source.form))
+def _dtype_of(source: Source) -> np.dtype:
+    name, _, _ = next(tensor_names(source.config, source.form))
     return source.tensors[name].dtype
 
 
@@ -244,20 +93,20 @@ def check_space(path: Path, wanted: int) -> None:
         )
 
 
-def _stream(source: hf.Source, dtype: np.dtype | None, path: Path) -> dict[str, Entry]:
+def _stream(source: Source, dtype: np.dtype | None, path: Path) -> dict[str, Entry]:
     """Read, turn and write one tensor of one layer at a time; returns the hashes of what was read."""
     config, entries = source.config, dict[str, Entry]()
     arrays, stacked = {}, set()
-    for name, shape in hf.weight_shapes(config).items():
+    for name, shape in weight_shapes(config).items():
         kind = dtype or source.stored(name, 0).dtype
-        if name.startswith(hf.BLOCK):
+        if name.startswith(BLOCK):
             shape = (1, config.num_layers, *shape)
             stacked.add(keys_of(name))
         arrays[keys_of(name)] = jax.ShapeDtypeStruct(shape, kind)
     leaves = checkpoint.create(path, arrays, stacked)
     scratch = Scratch()
 
-    def move(name: str, row: hf.Row, layer: int) -> None:
+    def move(name: str, row: Row, layer: int) -> None:
         if name not in source.tensors:
             return  # a second copy that was not saved
         weights, entries[name] = source.split(row, layer, scratch)
@@ -268,7 +117,7 @@ def _stream(source: hf.Source, dtype: np.dtype | None, path: Path) -> dict[str, 
             index = (0, layer) if row.per_layer else ()
             leaves[keys].write(weight.astype(arrays[keys].dtype, copy=False), *index)
 
-    _in_threads(move, hf.tensor_names(config, source.form))
+    _in_threads(move, tensor_names(config, source.form))
     buffers = {name: t for name, t in source.tensors.items() if name not in entries}
     entries |= hash_tensors(buffers)
     return {name: entries[name] for name in source.tensors}
@@ -286,12 +135,12 @@ def _in_threads(work: Callable[..., None], jobs: Iterable[tuple[Any, ...]]) -> N
             raise
 
 
-def _keep_companions(directory: Path, source: hf.Source, to: Path) -> None:
+def _keep_companions(directory: Path, source: Source, to: Path) -> None:
     with explained(to):
         to.mkdir()
         for path in companions(directory):
             shutil.copyfile(path, to / path.name)
-        buffers = [t for name, t in source.tensors.items() if hf.BUFFERS.fullmatch(name)]
+        buffers = [t for name, t in source.tensors.items() if BUFFERS.fullmatch(name)]
         if not buffers:
             return
         (to / "buffers").mkdir()
@@ -307,9 +156,9 @@ def companions(directory: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file() and path.name not in OURS)
 
 
-def _check_copies(source: hf.Source, entries: Mapping[str, Entry]) -> None:
+def _check_copies(source: Source, entries: Mapping[str, Entry]) -> None:
     """Raise UserError where a second copy of a weight is another one: the original ties them when it loads."""
-    rows = hf.table(source.config, source.form)
+    rows = table(source.config, source.form)
     for row in rows:
         if not row.copy or row.tensor not in entries:
             continue
@@ -319,9 +168,6 @@ def _check_copies(source: hf.Source, entries: Mapping[str, Entry]) -> None:
                 f"{source.tensors[row.tensor].path}: {row.tensor} is not equal to {held}, which the model uses "
                 f"in its place: the checkpoint was not saved by the original code"
             )
-
-
-# Export -----------------------------------------------------------------------------------------------------------
 
 
 def export_hf(
@@ -348,7 +194,7 @@ def export_hf(
     stored = checkpoint.shapes(weights)
     kinds = {
         name: DTYPES[dtype] or np.dtype(stored[keys_of(name)].dtype)
-        for name in hf.weight_shapes(card.config)
+        for name in weight_shapes(card.config)
     }
     buffers = _buffers(directory, card, form, kinds[".trunk.embedding"])
     origin = _imported(directory) if form is card.form else {}
@@ -383,7 +229,7 @@ def _buffers(directory: Path, card: Card, form: Form, dtype: np.dtype) -> dict[s
         return {name: stored.read() for name, stored in find_tensors(kept).items()}
     if form is card.form and (directory / "import.json").exists():
         return {}  # the original came without
-    return hf.make_buffers(card.config, form, dtype)
+    return make_buffers(card.config, form, dtype)
 
 
 def _specs(
@@ -395,8 +241,8 @@ def _specs(
 ) -> list[Spec]:
     """What is written, in the order of the original where it is known."""
     specs = {
-        name: Spec(name, kinds[row.pieces[0].path], hf.tensor_shape(row, config))
-        for name, row, _ in hf.tensor_names(config, form)
+        name: Spec(name, kinds[row.pieces[0].path], tensor_shape(row, config))
+        for name, row, _ in tensor_names(config, form)
     }
     specs |= {name: Spec(name, buffer.dtype, buffer.shape) for name, buffer in buffers.items()}
     known = [specs[name] for name in order if name in specs]
@@ -420,20 +266,18 @@ def _write_tensors(
 ) -> None:
     """One layer of one tensor at a time."""
     scratch = Scratch()
-    leaves = {
-        name: checkpoint.open_leaf(weights, keys_of(name)) for name in hf.weight_shapes(config)
-    }
+    leaves = {name: checkpoint.open_leaf(weights, keys_of(name)) for name in weight_shapes(config)}
 
-    def move(name: str, row: hf.Row, layer: int) -> None:
+    def move(name: str, row: Row, layer: int) -> None:
         index = (0, layer) if row.per_layer else ()
         dtype = kinds[row.pieces[0].path]
         parts = [
             (part.astype(dtype, copy=False) for part in leaves[piece.path].read_chunks(*index))
             for piece in row.pieces
         ]
-        writer.put(name, hf.join(row, config, parts, dtype, scratch))
+        writer.put(name, join(row, config, parts, dtype, scratch))
 
-    _in_threads(move, hf.tensor_names(config, form))
+    _in_threads(move, tensor_names(config, form))
 
 
 def _compare(

@@ -7,10 +7,18 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from glm_jax import hf
+from glm_jax.checkpoint import card_of, is_checkpoint, keys_of
 from glm_jax.config import Config
-from glm_jax.convert import card_of, is_checkpoint, keys_of
-from glm_jax.hf_config import Form
+from glm_jax.hf.config import Form
+from glm_jax.hf.tables import (
+    BLOCK,
+    BUFFERS,
+    Row,
+    num_parameters,
+    tensor_names,
+    tensor_shape,
+    weight_shapes,
+)
 from sharding import checkpoint
 from sharding.disk.find import find_tensors
 
@@ -81,8 +89,8 @@ def _checkpoint(directory: Path) -> Description:
     card = card_of(directory)
     found = checkpoint.shapes(directory / "weights")
     wanted = {
-        keys_of(path): (1, card.config.num_layers, *shape) if path.startswith(hf.BLOCK) else shape
-        for path, shape in hf.weight_shapes(card.config).items()
+        keys_of(path): (1, card.config.num_layers, *shape) if path.startswith(BLOCK) else shape
+        for path, shape in weight_shapes(card.config).items()
     }
     problems = [(".".join(keys), "is missing") for keys in wanted if keys not in found]
     problems += [(".".join(keys), "is unknown") for keys in found if keys not in wanted]
@@ -95,7 +103,7 @@ def _checkpoint(directory: Path) -> Description:
         kind="checkpoint",
         form=card.form,
         config=card.config,
-        parameters=hf.num_parameters(card.config),
+        parameters=num_parameters(card.config),
         dtypes=Counter(leaf.dtype.name for leaf in found.values()),
         files={
             ".".join(keys): math.prod(leaf.shape) * leaf.dtype.itemsize
@@ -110,16 +118,16 @@ def _checkpoint(directory: Path) -> Description:
 def _hugging_face(directory: Path) -> Description:
     card = card_of(directory)
     tensors = find_tensors(directory)
-    names = {name: (row, i) for name, row, i in hf.tensor_names(card.config, card.form)}
+    names = {name: (row, i) for name, row, i in tensor_names(card.config, card.form)}
     problems = [
         (name, f"is missing: {_role(row, i)}")
         for name, (row, i) in names.items()
         if name not in tensors and not row.copy
     ]
-    buffers = [name for name in tensors if hf.BUFFERS.fullmatch(name)]
+    buffers = [name for name in tensors if BUFFERS.fullmatch(name)]
     for name, stored in tensors.items():
         if name in names:
-            wanted = hf.tensor_shape(names[name][0], card.config)
+            wanted = tensor_shape(names[name][0], card.config)
             if stored.shape != wanted:
                 problems.append((name, f"has shape {stored.shape}, config.json wants {wanted}"))
         elif name not in buffers:
@@ -131,7 +139,7 @@ def _hugging_face(directory: Path) -> Description:
         kind="Hugging Face directory",
         form=card.form,
         config=card.config,
-        parameters=hf.num_parameters(card.config),
+        parameters=num_parameters(card.config),
         dtypes=Counter(stored.dtype.name for stored in tensors.values()),
         files=files,
         num_tensors=len(tensors),
@@ -140,7 +148,7 @@ def _hugging_face(directory: Path) -> Description:
     )
 
 
-def _role(row: hf.Row, layer: int) -> str:
+def _role(row: Row, layer: int) -> str:
     role = ROLES[row.pieces[0].path.rpartition(".")[2]]
     return f"{role} of layer {layer}" if row.per_layer else role
 

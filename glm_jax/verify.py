@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax import hf
 from glm_jax.batch import Prompts, Sequences
+from glm_jax.checkpoint import open_source
 from glm_jax.config import Config
-from glm_jax.convert import open_source
 from glm_jax.generate import SamplingConfig, make_sampler
+from glm_jax.hf.tables import tensor_names
+from glm_jax.hf.tensors import Source, host_weights, load_weights, to_tensors
 from glm_jax.loss import cross_entropy, token_logprobs
 from glm_jax.model import CausalLM, apply_model, init_model
 from sharding.errors import UserError
@@ -78,14 +79,14 @@ def read_golden(directory: Path) -> dict[str, dict[str, np.ndarray]]:
 def verify(directory: Path, layout: Layout) -> Iterator[Check]:
     """Run every case of `directory`/golden.npz under `layout`, on the mesh that is set."""
     golden, source = read_golden(directory), open_source(directory)
-    model = hf.load_weights(source, layout)
+    model = load_weights(source, layout)
     for case, fields in golden.items():
         for check in _verify_case(directory, source, model, case, fields, layout):
             yield dataclasses.replace(check, case=case)
 
 
 def _verify_case(
-    directory: Path, source: hf.Source, model: CausalLM, case: str, golden: Golden, layout: Layout
+    directory: Path, source: Source, model: CausalLM, case: str, golden: Golden, layout: Layout
 ) -> Iterator[Check]:
     dtype = _stored_dtype(source)
     native = _in_dtype(model, dtype, layout)
@@ -113,8 +114,8 @@ def _check(quantity: str, ours: np.ndarray, reference: np.ndarray, tolerance: fl
     return Check("", quantity, float(error), tolerance)
 
 
-def _stored_dtype(source: hf.Source) -> str:
-    name, _, _ = next(hf.tensor_names(source.config, source.form))
+def _stored_dtype(source: Source) -> str:
+    name, _, _ = next(tensor_names(source.config, source.form))
     return source.tensors[name].dtype.name
 
 
@@ -182,7 +183,7 @@ def _tail(
 
 
 def _loss(
-    directory: Path, source: hf.Source, model: CausalLM, case: str, golden: Golden, layout: Layout
+    directory: Path, source: Source, model: CausalLM, case: str, golden: Golden, layout: Layout
 ) -> Iterator[Check]:
     """Mean cross entropy, and its gradients where the case has them."""
     target = golden["labels"] != -100
@@ -201,7 +202,7 @@ def _loss(
         return
     value, gradients = jax.jit(jax.value_and_grad(loss))(model)
     yield _check("loss", np.asarray(value), golden["loss"], EXACT)
-    ours = hf.to_tensors(source.config, source.form, hf.host_weights(gradients))
+    ours = to_tensors(source.config, source.form, host_weights(gradients))
     names = [str(name) for name in golden["grad_names"]]
     norms = {
         name: abs(float(np.linalg.norm(ours[name].astype(np.float64)) / norm) - 1)

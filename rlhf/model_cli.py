@@ -192,8 +192,9 @@ def _import(hf_dir: Path, out: Path, dtype: str, place: Place, stream: bool) -> 
 
 
 def _export(checkpoint: Path, hf_dir: Path, form: str | None, dtype: str, size: str) -> None:
-    from glm_jax.convert import card_of, export_hf
-    from glm_jax.hf_config import form_named
+    from glm_jax.checkpoint import card_of
+    from glm_jax.convert import export_hf
+    from glm_jax.hf.config import form_named
     from sharding.disk.writer import parse_size
 
     _, tell = _tell()
@@ -204,8 +205,8 @@ def _export(checkpoint: Path, hf_dir: Path, form: str | None, dtype: str, size: 
 def _verify(directory: Path, place: Place, json: Path | None, manifest: bool) -> int:
     import jax
 
-    from glm_jax.convert import card_of
-    from glm_jax.hf_config import read_fields
+    from glm_jax.checkpoint import card_of
+    from glm_jax.hf.config import read_fields
     from glm_jax.verify import Check, fitting, verify
     from sharding.disk.directory import write_json
     from sharding.disk.manifest import check_manifest
@@ -295,7 +296,7 @@ def _inspect(directory: Path) -> int:
 def _opened(model: Path, sampling: Sampling, place: Place) -> "Iterator[Chat]":
     """Model and tokenizer, ready to answer. Raises UserError."""
     from glm_jax.chat import Chat
-    from glm_jax.convert import companion_directory, load_model
+    from glm_jax.checkpoint import companion_directory, load_model
     from glm_jax.tokenizers import load_tokenizer
 
     config = sampling.config()

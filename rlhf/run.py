@@ -10,18 +10,18 @@ import jax
 import numpy as np
 
 from glm_jax.batch import Pairs, Prompts, Sequences
-from glm_jax.config import Config
-from glm_jax.convert import (
+from glm_jax.checkpoint import (
     Card,
     card_of,
     companion_directory,
-    export_hf,
     load_model,
     read_shape,
     save_model,
 )
+from glm_jax.config import Config
+from glm_jax.convert import export_hf
 from glm_jax.generate import make_sampler
-from glm_jax.hf_config import Tokens, default_form
+from glm_jax.hf.config import Tokens, default_form
 from glm_jax.model import CausalLM, init_model
 from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer, load_tokenizer
 from rlhf.data.batches import in_order, pair_rows, prompt_rows, sft_rows, shuffled

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from glm_jax.config import PRESETS, GLMConfig
-from glm_jax.hf import num_parameters
-from glm_jax.hf_config import Form, Tokens, form_of, from_hf, to_hf
+from glm_jax.hf.config import Form, Tokens, form_of, from_hf, to_hf
+from glm_jax.hf.tables import num_parameters
 from sharding.errors import UserError
 
 # exact counts: 6.17, 6.24, 9.40 (9.48 with four kv groups) and 32.57 billion

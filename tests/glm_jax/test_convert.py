@@ -11,20 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from glm_jax import hf
+from glm_jax.checkpoint import DTYPES, Card, card_of, load_model, open_source, save_model
 from glm_jax.config import GLMConfig, GLMV1Config
-from glm_jax.convert import (
-    DTYPES,
-    Card,
-    card_of,
-    companions,
-    export_hf,
-    import_hf,
-    load_model,
-    open_source,
-    save_model,
-)
-from glm_jax.hf_config import Form, Tokens, read_fields
+from glm_jax.convert import companions, export_hf, import_hf
+from glm_jax.hf.config import Form, Tokens, read_fields
+from glm_jax.hf.tables import BUFFERS, transposed
+from glm_jax.hf.tensors import host_weights, read_shard
 from glm_jax.model import init_model
 from sharding.disk.find import find_tensors
 from sharding.disk.manifest import check_manifest, differing, hash_tensors
@@ -81,7 +73,7 @@ def test_another_dtype_is_the_rounded_value(shared: Path, tmp_path: Path, dtype:
     export_hf(tmp_path / "checkpoint", tmp_path / "out", None, "keep", None, _quiet)
     original = load_file(source / "model.safetensors")
     for name, stored in find_tensors(tmp_path / "out").items():
-        if not hf.BUFFERS.fullmatch(name):
+        if not BUFFERS.fullmatch(name):
             assert stored.dtype.name == dtype
             np.testing.assert_array_equal(stored.read(), original[name].astype(stored.dtype))
     fields = read_fields(tmp_path / "out")
@@ -132,18 +124,18 @@ def test_a_checkpoint_loads_onto_every_layout(
             form = Form.CHATGLM if isinstance(config, GLMV1Config) else Form.CHATGLM3
             card = Card(config, form, Tokens(2, 0))
             save_model(model, split, card, directory, lambda folder: None)
-            expected = hf.host_weights(model)
+            expected = host_weights(model)
         layout = get_layout(name, 1 if name == "single" else 8)
         with jax.set_mesh(layout.mesh()):
             restored = load_model(directory, layout)
             assert restored.trunk.blocks.w_q.shape[0] == layout.pipe
-            for path, weight in hf.host_weights(restored).items():
+            for path, weight in host_weights(restored).items():
                 np.testing.assert_array_equal(weight, expected[path], err_msg=path)
             # saved from a pipeline it is the same checkpoint again
             save_model(restored, layout, card, tmp_path / "again", lambda folder: None)
         export_hf(tmp_path / "again", tmp_path / "out", None, "keep", None, _quiet)
         with jax.set_mesh(Layout().mesh()):
-            for path, weight in hf.host_weights(load_model(tmp_path / "out", Layout())).items():
+            for path, weight in host_weights(load_model(tmp_path / "out", Layout())).items():
                 np.testing.assert_array_equal(weight, expected[path], err_msg=path)
         shutil.rmtree(tmp_path / "out")
 
@@ -171,7 +163,7 @@ def test_a_shard_reads_its_own_bytes_and_no_others(
             index = sharding.devices_indices_map(leaf.shape)[jax.devices()[5]]
             name = jax.tree_util.keystr(keys)
             count = 0
-            piece = hf.read_shard(source, name, None, leaf.shape, index)
+            piece = read_shard(source, name, None, leaf.shape, index)
             assert count == piece.nbytes, name
             assert piece.shape == sharding.shard_shape(leaf.shape)
 
@@ -319,6 +311,6 @@ def test_transposing_in_tiles(shape: tuple[int, int], dtype: str) -> None:
     kind = DTYPES[dtype]
     assert kind is not None
     matrix = (np.arange(shape[0] * shape[1], dtype=np.float32) % 2039).reshape(shape).astype(kind)
-    ours = hf.transposed(matrix)
+    ours = transposed(matrix)
     np.testing.assert_array_equal(ours, matrix.T)
     assert ours.flags.c_contiguous and ours.dtype == kind

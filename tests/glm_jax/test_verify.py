@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from glm_jax.checkpoint import open_source
 from glm_jax.config import GLMConfig
-from glm_jax.convert import open_source
 from glm_jax.verify import Check, fitting, verify
 from sharding.errors import UserError
 from sharding.layout import Layout, get_layout

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from glm_jax.checkpoint import Card, save_model
 from glm_jax.config import GLMConfig
-from glm_jax.convert import Card, save_model
 from glm_jax.generate import SamplingConfig, stream
-from glm_jax.hf_config import Form, Tokens
+from glm_jax.hf.config import Form, Tokens
 from glm_jax.model import init_model
 from glm_jax.tokenizers import ChatGLM3Tokenizer
 from rlhf.cli import main
@@ -143,7 +143,7 @@ def test_generate_gives_the_tokens_of_the_sampler(
     _, again, _ = run("generate", talker, "--prompt", "ask me", *options, capsys=capsys)
     assert status == 0 and first == again
     tokenizer = ChatGLM3Tokenizer.load(talker / "hf")
-    from glm_jax.convert import load_model
+    from glm_jax.checkpoint import load_model
 
     with jax.set_mesh(LAYOUT.mesh()):
         model = load_model(talker, LAYOUT)

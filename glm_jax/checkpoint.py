@@ -1,0 +1,179 @@
+"""Checkpoints: a model on disk, in a form that knows no layout.
+
+A checkpoint is a directory:
+
+    model.json   the shape, the form it came in, its special tokens
+    weights/     the Orbax tree of a CausalLM, its layers [1, layer, ...]
+    hf/          what the original repository holds beside its weights: config.json, tokenizer files, ...
+    hf/buffers/  its tensors that are no parameters
+    import.json  a hash of every tensor that was read, where they were kept as they are
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from glm_jax.config import Config, GLMConfig, GLMV1Config
+from glm_jax.hf.config import RELEASED_TOKENS, Form, Tokens, form_of, from_hf, read_fields
+from glm_jax.hf.tables import check_tensors
+from glm_jax.hf.tensors import Source, load_weights
+from glm_jax.model import CausalLM, init_model, restack
+from sharding import checkpoint
+from sharding.disk.directory import new_directory, write_json
+from sharding.disk.find import find_tensors
+from sharding.errors import UserError
+from sharding.layout import Layout
+
+DTYPES: Mapping[str, np.dtype | None] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "keep": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a checkpoint's model.json says."""
+
+    config: Config
+    form: Form
+    tokens: Tokens
+
+    def write(self, directory: Path) -> None:
+        """Write model.json."""
+        fields = dataclasses.asdict(self.config)
+        del fields["compute_dtype"]  # of a run, not of a model
+        card = {
+            "architecture": type(self.config).__name__,
+            "config": fields,
+            "form": self.form.name,
+            "tokens": dataclasses.asdict(self.tokens),
+        }
+        write_json(directory / "model.json", card)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Card":
+        """Read model.json. Raises UserError where it is missing or not what `write` writes."""
+        path = directory / "model.json"
+        architectures: Mapping[str, type[Config]] = {
+            "GLMConfig": GLMConfig,
+            "GLMV1Config": GLMV1Config,
+        }
+        try:
+            card = json.loads(path.read_text(encoding="utf-8"))
+            config = architectures[card["architecture"]](**card["config"])
+            return cls(config, Form[card["form"]], Tokens(**card["tokens"]))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; give a checkpoint") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether this is one of our checkpoints, not a Hugging Face directory."""
+    return (directory / "model.json").exists()
+
+
+def card_of(directory: Path) -> Card:
+    """What a checkpoint or a Hugging Face directory holds. Raises UserError."""
+    if is_checkpoint(directory):
+        return Card.read(directory)
+    fields, where = read_fields(directory), str(directory / "config.json")
+    config, form = from_hf(fields, where), form_of(fields, where)
+    released = RELEASED_TOKENS[form]
+    tokens = Tokens(
+        fields.get("eos_token_id", released.eos), fields.get("pad_token_id", released.pad)
+    )
+    return Card(config, form, tokens)
+
+
+def companion_directory(directory: Path) -> Path:
+    """Where the tokenizer files of a checkpoint or a Hugging Face directory are."""
+    return directory / "hf" if is_checkpoint(directory) else directory
+
+
+def read_shape(directory: Path) -> Config:
+    """The shape of the model in a checkpoint or a Hugging Face directory. Raises UserError."""
+    return card_of(directory).config
+
+
+def open_source(directory: Path) -> Source:
+    """The tensors of a Hugging Face directory, checked against its config.json. Raises UserError."""
+    card = card_of(directory)
+    tensors = find_tensors(directory)
+    shapes = {name: stored.shape for name, stored in tensors.items()}
+    check_tensors(card.config, card.form, shapes, str(directory))
+    return Source(card.config, card.form, tensors)
+
+
+def load_model(
+    directory: Path, layout: Layout, compute_dtype: str = "float32", dtype: str = "float32"
+) -> CausalLM:
+    """The model of a checkpoint or a Hugging Face directory, split as `layout` says on the current mesh.
+
+    `dtype` is that of the weights ("keep": as stored). Raises UserError.
+    """
+    wanted = DTYPES[dtype]
+    if not is_checkpoint(directory):
+        source = open_source(directory)
+        config = dataclasses.replace(source.config, compute_dtype=compute_dtype)
+        config.check(layout)
+        return load_weights(dataclasses.replace(source, config=config), layout, wanted)
+    config = dataclasses.replace(Card.read(directory).config, compute_dtype=compute_dtype)
+    config.check(layout)
+    stored = checkpoint.shapes(directory / "weights")
+    flat = unstaged(layout)
+
+    def typed(path: tuple[jax.tree_util.KeyEntry, ...], x: Any) -> Any:
+        keys = keys_of(jax.tree_util.keystr(path))
+        if keys not in stored:
+            raise UserError(f"{directory}: {'.'.join(keys)} is not among its weights")
+        return jax.ShapeDtypeStruct(x.shape, wanted or stored[keys].dtype, sharding=x.sharding)
+
+    like = jax.tree_util.tree_map_with_path(typed, _shapes(config, flat))
+    model = checkpoint.restore(directory / "weights", like)
+    if layout.ways("stage") == 1:
+        return model
+    return jax.jit(partial(restack, like=_shapes(config, layout)), donate_argnums=0)(model)
+
+
+def save_model(
+    model: CausalLM,
+    layout: Layout,
+    card: Card,
+    directory: Path,
+    save_tokenizer: Callable[[Path], Any],
+) -> None:
+    """Write a checkpoint of a model that lies on the current mesh as `layout` says; whole or not at all."""
+    flat = unstaged(layout)
+    if layout.ways("stage") > 1:
+        model = jax.jit(partial(restack, like=_shapes(model.trunk.config, flat)))(model)
+    with new_directory(directory, replace=True) as partial_directory:
+        checkpoint.save(partial_directory / "weights", model)
+        card.write(partial_directory)
+        (partial_directory / "hf").mkdir()
+        save_tokenizer(partial_directory / "hf")
+
+
+def _shapes(config: Config, layout: Layout) -> CausalLM:
+    return jax.eval_shape(partial(init_model, config, layout), jax.random.key(0))
+
+
+def unstaged(layout: Layout) -> Layout:
+    """The layout in which models are kept: [1, layer, ...], a pipeline's stages being shards of the layers."""
+    moved = {"stage": (), "layer": layout.axes("stage") if layout.ways("stage") > 1 else ()}
+    rules = tuple((name, moved.get(name, axes)) for name, axes in layout.rules)
+    return dataclasses.replace(layout, rules=rules, microbatches=1)
+
+
+def keys_of(path: str) -> checkpoint.Keys:
+    """(".trunk.embedding") -> ("trunk", "embedding")."""
+    return tuple(path.strip(".").split("."))

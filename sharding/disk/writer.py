@@ -102,9 +102,8 @@ class ShardWriter:
             )
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         digest = hashlib.sha256()
-        for start in range(
-            0, len(data), CHUNK
-        ):  # a write keeps other threads from the file: none for long
+        # a write keeps other threads from the file: none for long
+        for start in range(0, len(data), CHUNK):
             chunk = data[start : start + CHUNK]
             with explained(self.directory / file):
                 _write(self._descriptors[file], chunk, offset + start)

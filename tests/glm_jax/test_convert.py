@@ -140,6 +140,39 @@ def test_a_checkpoint_loads_onto_every_layout(
         shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.parametrize("folder", ["chatglm-6b", "chatglm2-6b", "glm-4-9b-chat-hf"])
+def test_pieces_of_any_size_make_the_same_tensors(
+    shared: Path, tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Golden models are smaller than what is moved at once: strips and chunks of a few rows stand for large ones."""
+    monkeypatch.setattr("glm_jax.hf.tensors.TILE", 24)
+    monkeypatch.setattr("glm_jax.hf.tables.TILE", 20)
+    monkeypatch.setattr("sharding.checkpoint.CHUNK", 1500)
+    monkeypatch.setattr("sharding.disk.writer.CHUNK", 999)
+    source = shared / "golden" / folder
+    import_hf(source, tmp_path / "checkpoint", "keep", None, _quiet)
+    assert len(list((tmp_path / "checkpoint" / "weights" / "trunk.embedding").iterdir())) > 4
+    export_hf(tmp_path / "checkpoint", tmp_path / "out", None, "keep", None, _quiet)
+    ours, theirs = (hash_tensors(find_tensors(path)) for path in (tmp_path / "out", source))
+    assert differing(ours, theirs) == [] and len(ours) == len(theirs)
+
+
+@pytest.mark.parametrize("folder", ["chatglm-6b", "chatglm3-6b"])
+@pytest.mark.parametrize("name", ["single", "fsdp_tp"])
+def test_a_streamed_checkpoint_is_the_model_of_its_directory(
+    shared: Path, tmp_path: Path, folder: str, name: str
+) -> None:
+    source = shared / "golden" / folder
+    import_hf(source, tmp_path / "checkpoint", "keep", None, _quiet)
+    layout = Layout() if name == "single" else Layout(fsdp=4, tensor=2)
+    with jax.set_mesh(layout.mesh()):
+        expected = host_weights(load_model(source, layout))
+        restored = load_model(tmp_path / "checkpoint", layout)
+        assert restored.trunk.blocks.w_q.dtype == np.float32
+        for path, weight in host_weights(restored).items():
+            np.testing.assert_array_equal(weight, expected[path], err_msg=path)
+
+
 @pytest.mark.parametrize("folder", ["glm-4-9b-chat", "GLM-4-9B-0414", "chatglm2-6b"])
 def test_a_shard_reads_its_own_bytes_and_no_others(
     shared: Path, folder: str, monkeypatch: pytest.MonkeyPatch

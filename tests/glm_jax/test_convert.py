@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -16,7 +17,7 @@ from glm_jax.config import GLMConfig, GLMV1Config
 from glm_jax.convert import companions, export_hf, import_hf
 from glm_jax.hf.config import Form, Tokens, read_fields
 from glm_jax.hf.tables import BUFFERS, transposed
-from glm_jax.hf.tensors import host_weights, read_shard
+from glm_jax.hf.tensors import check_finite, host_weights, read_shard
 from glm_jax.model import init_model
 from sharding.disk.find import find_tensors
 from sharding.disk.manifest import check_manifest, differing, hash_tensors
@@ -258,14 +259,28 @@ def test_missing_and_unknown_tensors_are_named(writable: Path, tmp_path: Path) -
     assert "7 unknown tensors, the first is transformer.encoder.layers.2." in message
 
 
-def test_not_a_number_is_named(writable: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_not_a_number_is_named(writable: Path, tmp_path: Path, value: float) -> None:
     name = "transformer.encoder.layers.1.self_attention.dense.weight"
     stored = find_tensors(writable)[name]
     with stored.path.open("r+b") as file:
         file.seek(stored.offset + 2 * 77)
-        file.write(np.array(np.nan, np.float16).tobytes())
+        file.write(np.array(value, np.float16).tobytes())
     message = _refused(writable, tmp_path / "out")
     assert "model.safetensors" in message and f"{name} holds NaN" in message
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_only_what_is_not_finite_is_refused(shared: Path, dtype: str) -> None:
+    kind = DTYPES[dtype]
+    assert kind is not None
+    stored = next(iter(find_tensors(shared / "golden" / "chatglm3-6b").values()))
+    limits = ml_dtypes.finfo(kind)
+    fine = np.array([0.0, -0.0, limits.max, limits.min, limits.tiny, -limits.tiny], kind)
+    check_finite(fine, stored)
+    for value in (np.nan, -np.nan, np.inf, -np.inf):
+        with pytest.raises(UserError, match="NaN or infinity"):
+            check_finite(np.append(fine, np.array(value, kind)), stored)
 
 
 def test_a_second_copy_that_differs_is_named(shared: Path, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@
 Writes a synthetic checkpoint of ChatGLM3-6B's shape with as many layers as fit into --gigabytes (at least one),
 bfloat16, in shards; then runs in rounds, each in a process of its own whose peak memory is read from outside: `cp -r`,
 `glm-jax import --stream`, `glm-jax export`, each from files in the page cache to a directory that does not exist yet.
-Between them "hash and copy": two threads read the files, compute their sha256 and write them again, turn and check nothing
-and do not start JAX. No converter that knows the hashes of its tensors can be faster.
+Between them "hash and copy": two threads read the files, compute their sha256 and write them again, turn and check
+nothing and do not start JAX. No converter that knows the hashes of its tensors can be faster.
+
 Prints the median seconds over the rounds and their range, GB/s and the ratio to `cp`: until the command returns, when
-much of what it wrote is in the page cache only, and until that is on the disk. Needs disk space for three copies and one
-of the machine's memory.
+much of what it wrote is in the page cache only, and until that is on the disk. Needs disk space for three copies and
+one of the machine's memory.
 """
 
 import argparse

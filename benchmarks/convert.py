@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import shutil
 import statistics
@@ -31,10 +32,9 @@ import ml_dtypes
 import numpy as np
 
 from glm_jax.config import CHATGLM3_6B
-from glm_jax.hf.config import Form, to_hf
-from glm_jax.hf.tables import num_parameters, tensor_names, tensor_shape
+from glm_jax.hf.config import Form, read_config, to_hf
+from glm_jax.hf.tables import BLOCK, num_parameters, tensor_names, tensor_shape, weight_shapes
 from sharding.disk.directory import write_json
-from sharding.disk.find import find_tensors
 from sharding.disk.writer import ShardWriter, Spec
 
 
@@ -136,8 +136,12 @@ def main() -> None:
         return
     shutil.rmtree(root, ignore_errors=True)
     count = write_source(root / "source", options.gigabytes * 1e9)
-    largest = max(stored.nbytes for stored in find_tensors(root / "source").values())
-    print(f"{count / 1e9:.2f} GB, the largest tensor {largest / 2**30:.2f} GiB")
+    config = read_config(root / "source")
+    largest = max(
+        2 * math.prod(shape) * (config.num_layers if name.startswith(BLOCK) else 1)
+        for name, shape in weight_shapes(config).items()
+    )
+    print(f"{count / 1e9:.2f} GB, the largest parameter of all layers {largest / 2**30:.2f} GiB")
     glm = Path(sys.executable).with_name("glm-jax")
     source, copy, hashed, checkpoint, exported = (
         root / name for name in ("source", "copy", "hashed", "checkpoint", "exported")

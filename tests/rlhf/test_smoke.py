@@ -35,5 +35,7 @@ def test_a_pipeline_gives_the_metrics_of_one_device(tmp_path: Path) -> None:
             if name in ("stage", "step"):
                 assert ours[name] == value
             elif name not in ("wall_s", "drift"):  # drift is itself a difference of roundings
-                # values that are exactly 0 on one device may round to 1e-9 on another
-                assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-7), (theirs, name)
+                # values that are exactly 0 on one device may round to 1e-9 on another; these two are differences of
+                # log-probabilities of whole answers, about -300 nats, of which float32 tells 3e-5 apart
+                least = 3e-5 if name in ("chosen_logratio", "margin") else 1e-7
+                assert ours[name] == pytest.approx(value, rel=1e-4, abs=least), (theirs, name)

@@ -30,7 +30,8 @@ def measure(layout_name: str, devices: int) -> float:
     from glm_jax.batch import Sequences
     from glm_jax.model import init_model
     from glm_jax.optim import OptimConfig, make_optimizer
-    from glm_jax.train import init_state, language_loss, make_update
+    from glm_jax.train import init_state
+    from rlhf.sft import sft_update
     from sharding.layout import get_layout
 
     recipe = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "demo.py"))["config"]
@@ -42,7 +43,7 @@ def measure(layout_name: str, devices: int) -> float:
         batch = layout.put(Sequences(ids, everywhere, everywhere))
         model = jax.jit(partial(init_model, recipe.model, layout))(jax.random.key(0))
         optimizer = make_optimizer(OptimConfig(), STEPS)
-        update = make_update(partial(language_loss, layout=layout), optimizer)
+        update = sft_update(optimizer, layout)
         state, metrics = update(init_state(model, optimizer), batch)
         jax.block_until_ready(metrics)
         begin = time.perf_counter()

@@ -24,7 +24,8 @@ from glm_jax.config import Config, GLMConfig, GLMV1Config
 from glm_jax.hf.config import RELEASED_TOKENS, Form, Tokens, form_of, from_hf, read_fields
 from glm_jax.hf.tables import check_tensors
 from glm_jax.hf.tensors import Source, load_weights
-from glm_jax.model import CausalLM, init_model, restack
+from glm_jax.model import CausalLM, init_model
+from glm_jax.weights import kept_layout, restack
 from sharding import checkpoint
 from sharding.disk.directory import new_directory, write_json
 from sharding.disk.find import find_tensors
@@ -130,7 +131,7 @@ def load_model(
     config = dataclasses.replace(Card.read(directory).config, compute_dtype=compute_dtype)
     config.check(layout)
     stored = checkpoint.shapes(directory / "weights")
-    flat = unstaged(layout)
+    flat = kept_layout(layout, config)
 
     def typed(path: tuple[jax.tree_util.KeyEntry, ...], x: Any) -> Any:
         keys = keys_of(jax.tree_util.keystr(path))
@@ -140,9 +141,7 @@ def load_model(
 
     like = jax.tree_util.tree_map_with_path(typed, _shapes(config, flat))
     model = checkpoint.restore(directory / "weights", like)
-    if layout.ways("stage") == 1:
-        return model
-    return jax.jit(partial(restack, like=_shapes(config, layout)), donate_argnums=0)(model)
+    return jax.jit(partial(restack, source=flat, target=layout), donate_argnums=0)(model)
 
 
 def save_model(
@@ -153,9 +152,8 @@ def save_model(
     save_tokenizer: Callable[[Path], Any],
 ) -> None:
     """Write a checkpoint of a model that lies on the current mesh as `layout` says; whole or not at all."""
-    flat = unstaged(layout)
-    if layout.ways("stage") > 1:
-        model = jax.jit(partial(restack, like=_shapes(model.trunk.config, flat)))(model)
+    flat = kept_layout(layout, model.trunk.config)
+    model = jax.jit(partial(restack, source=layout, target=flat))(model)
     with new_directory(directory, replace=True) as partial_directory:
         checkpoint.save(partial_directory / "weights", model)
         card.write(partial_directory)
@@ -165,13 +163,6 @@ def save_model(
 
 def _shapes(config: Config, layout: Layout) -> CausalLM:
     return jax.eval_shape(partial(init_model, config, layout), jax.random.key(0))
-
-
-def unstaged(layout: Layout) -> Layout:
-    """The layout in which models are kept: [1, layer, ...], a pipeline's stages being shards of the layers."""
-    moved = {"stage": (), "layer": layout.axes("stage") if layout.ways("stage") > 1 else ()}
-    rules = tuple((name, moved.get(name, axes)) for name, axes in layout.rules)
-    return dataclasses.replace(layout, rules=rules, microbatches=1)
 
 
 def keys_of(path: str) -> checkpoint.Keys:

@@ -86,9 +86,7 @@ Config = GLMConfig | GLMV1Config
 
 def _check_splits(config: Config, layout: Layout) -> None:
     splits = {
-        "vocab_size": (config.vocab_size, "vocab"),
         "hidden_size": (config.hidden_size, "embed_weight"),
-        "num_layers": (config.num_layers, "stage"),
         "num_heads": (config.num_heads, "heads"),
         "ffn_size": (config.ffn_size, "ffn"),
     }

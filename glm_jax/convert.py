@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm_jax.checkpoint import DTYPES, Card, card_of, keys_of, open_source, unstaged
+from glm_jax.checkpoint import DTYPES, Card, card_of, keys_of, open_source
 from glm_jax.config import Config
 from glm_jax.hf.config import Form, to_hf
 from glm_jax.hf.tables import (
@@ -24,6 +24,7 @@ from glm_jax.hf.tables import (
     weight_shapes,
 )
 from glm_jax.hf.tensors import Source, join, load_weights, make_buffers
+from glm_jax.weights import kept_layout
 from sharding import checkpoint
 from sharding.disk.directory import explained, new_directory
 from sharding.disk.find import INDEXES, find_tensors
@@ -68,7 +69,9 @@ def import_hf(directory: Path, out: Path, dtype: str, layout: Layout | None, tel
             entries = _stream(source, wanted, weights)
         else:
             source.config.check(layout)
-            checkpoint.save(weights, load_weights(source, unstaged(layout), wanted))
+            checkpoint.save(
+                weights, load_weights(source, kept_layout(layout, source.config), wanted)
+            )
             entries = hash_tensors(source.tensors, THREADS)
         card.write(partial_directory)
         _keep_companions(directory, source, partial_directory / "hf")

@@ -1,7 +1,7 @@
 """Sampling with a KV cache: one prefill, then one token a step until every row has stopped."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,8 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.batch import Prompts, Sequences
-from glm_jax.config import Config
-from glm_jax.model import CausalLM, apply_head, init_model, restack
+from glm_jax.model import CausalLM, apply_head
 from glm_jax.trunk import Cache
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -164,9 +163,6 @@ def generate(
     return Generation(sequences, logp, end.done)
 
 
-Sampler = Callable[[CausalLM, Prompts, jax.Array], Generation]
-
-
 def stream(
     model: CausalLM,
     prompt: Sequence[int],
@@ -222,33 +218,15 @@ def _decode(
 
 
 def _next_logits(model: CausalLM, hidden: Float[Array, "B D"], layout: Layout) -> jax.Array:
-    """float32 [B, V], whole on every device of a row."""
+    """float32 [B, V], whole on every device of a row and without the vocabulary's padding.
+
+    So the random numbers of a draw, which depend on V, are those of every layout.
+    """
     logits = apply_head(model, hidden[:, None], layout)[:, 0]
-    return jax.sharding.reshard(logits, layout.spec("batch", None))
+    whole = jax.sharding.reshard(logits, layout.spec("batch", None))
+    return whole[:, : model.trunk.config.vocab_size]
 
 
 def _row_keys(key: jax.Array, batch: int, layout: Layout) -> jax.Array:
     rows = jax.sharding.reshard(jnp.arange(batch), layout.spec("batch"))
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-
-
-def make_sampler(
-    config: Config, sampling: SamplingConfig, stop_ids: tuple[int, ...], layout: Layout
-) -> Sampler:
-    """The jitted program (policy, prompts, key) -> Generation, all of it laid out for training.
-
-    Inside, policy and prompts move to the generation layout on the same devices and the answers move back.
-    """
-    generation = layout.for_generation()
-    like = jax.eval_shape(lambda key: init_model(config, generation, key), jax.random.key(0))
-
-    def rows(x: jax.Array, to: Layout) -> jax.Array:
-        return jax.sharding.reshard(x, to.spec("batch", *[None] * (x.ndim - 1)))
-
-    @jax.jit
-    def sample(policy: CausalLM, prompts: Prompts, key: jax.Array) -> Generation:
-        prompts = jax.tree.map(lambda x: rows(x, generation), prompts)
-        answers = generate(restack(policy, like), prompts, key, sampling, stop_ids, generation)
-        return jax.tree.map(lambda x: rows(x, layout), answers)
-
-    return sample

@@ -36,11 +36,25 @@ def token_kl(
     return aligned(jnp.sum(jnp.exp(logp) * (logp - ref_logp), axis=-1))
 
 
-def masked_mean(values: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
-    """Mean over the whole (global) batch of the entries that count; 0 where none does."""
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+# How many entries count in the whole (global) batch. A loss of some of its rows divides by it, and so is their share of
+# the whole batch's loss; None: these rows are the whole batch.
+Count = Int[Array, ""] | int | None
 
 
-def cross_entropy(logp: Float[Array, "B T"], target: Bool[Array, "B T"]) -> Float[Array, ""]:
+def num_counted(mask: Bool[Array, "*shape"]) -> Int[Array, ""]:
+    """Entries that count, at least 1."""
+    return jnp.maximum(jnp.sum(mask), 1)
+
+
+def masked_mean(
+    values: Float[Array, "*shape"], mask: Bool[Array, "*shape"], count: Count = None
+) -> Float[Array, ""]:
+    """Mean over the whole batch of the entries that count; 0 where none does."""
+    return jnp.sum(jnp.where(mask, values, 0.0)) / (num_counted(mask) if count is None else count)
+
+
+def cross_entropy(
+    logp: Float[Array, "B T"], target: Bool[Array, "B T"], count: Count = None
+) -> Float[Array, ""]:
     """Negative log-likelihood in nats per target token."""
-    return -masked_mean(logp, target)
+    return -masked_mean(logp, target, count)

@@ -6,9 +6,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from glm_jax.config import Config, GLMV1Config
+from glm_jax.layers import MASKED
 from glm_jax.model_v1 import init_trunk_v1
 from glm_jax.model_v2 import init_trunk_v2
 from glm_jax.trunk import Segments, Trunk
+from glm_jax.weights import draw_table
 from sharding.layout import Layout
 
 
@@ -38,15 +40,18 @@ def init_model(config: Config, layout: Layout, key: jax.Array) -> CausalLM:
     if isinstance(config, GLMV1Config):
         return CausalLM(trunk=trunk, w_head=None)
     shape = (config.hidden_size, config.vocab_size)
-    spec = layout.spec("embed_weight", "vocab")
-    w_head = 0.02 * jax.random.normal(head_key, shape, out_sharding=spec)
+    w_head = draw_table("w_head", 0.02, shape, head_key, config, layout)
     return CausalLM(trunk=trunk, w_head=w_head)
 
 
 def apply_head(
     model: CausalLM, hidden: Float[Array, "B T D"], layout: Layout
 ) -> Float[Array, "B T V"]:
-    """float32 logits, split over "vocab" as the layout says."""
+    """float32 logits, split over "vocab" as the layout says.
+
+    Where the vocabulary does not divide, V is padded and the logits of tokens that do not exist are `MASKED`: no
+    softmax gives them any weight.
+    """
     rows = jnp.reshape(hidden, (-1, hidden.shape[-1]), out_sharding=layout.spec("batch", "embed"))
     split = layout.spec("batch", "vocab")
     if model.w_head is None:
@@ -57,7 +62,11 @@ def apply_head(
         logits = jnp.einsum("RD,DV->RV", rows, weights, out_sharding=split)
     shape = (*hidden.shape[:2], logits.shape[-1])
     spec = layout.spec("batch", "time", "vocab")
-    return jnp.reshape(logits, shape, out_sharding=spec).astype(jnp.float32)
+    logits = jnp.reshape(logits, shape, out_sharding=spec).astype(jnp.float32)
+    size = model.trunk.config.vocab_size
+    if logits.shape[-1] == size:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < size, logits, MASKED)
 
 
 def apply_model(
@@ -65,19 +74,3 @@ def apply_model(
 ) -> Float[Array, "B T V"]:
     """float32 logits of the next token at every position of whole sequences; see `Trunk.__call__`."""
     return apply_head(model, model.trunk(ids, segments, layout), layout)
-
-
-def restack(model: CausalLM, like: CausalLM) -> CausalLM:
-    """The same weights with the stages and shards of `like`, a module of arrays or shapes on the same mesh.
-
-    Layers keep their order, so that [stage, layer, ...] is only cut in other places.
-    """
-
-    def move(w: jax.Array, target: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-        spec = jax.typeof(target).sharding.spec
-        if w.shape == target.shape:
-            return jax.sharding.reshard(w, spec)
-        return jnp.reshape(w, target.shape, out_sharding=spec)
-
-    moved: CausalLM = jax.tree.map(move, model, like)
-    return moved

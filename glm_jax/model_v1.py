@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMV1Config
 from glm_jax.layers import layer_norm, mlp, rotary_frequencies, rotate_halves
-from glm_jax.trunk import Attend, LayerWeights, Places, Trunk, running_sum
+from glm_jax.trunk import Attend, Places, Trunk, running_sum
+from glm_jax.weights import Draw
 from sharding.layout import Layout
 
 ALPHA = (
@@ -129,39 +130,29 @@ def _projections(
 def init_trunk_v1(config: GLMV1Config, layout: Layout, key: jax.Array) -> TrunkV1:
     """Random float32 weights, born with their sharding: N(0, 0.02), output projections / sqrt(2 * layers)."""
     D, N, H, F = config.hidden_size, config.num_heads, config.head_dim, config.ffn_size
-    weights = LayerWeights(config, layout, key)
+    draw = Draw(config, layout, key)
     into_residual = 0.02 / (2 * config.num_layers) ** 0.5
-
-    def heads() -> jax.Array:
-        return weights.normal(0.02, (D, N, H), "embed_weight", "heads", "head_dim")
-
-    def norm(value: float) -> jax.Array:
-        return weights.constant(value, (D,), "norm")
-
-    def head_bias() -> jax.Array:
-        return weights.constant(0.0, (N, H), "heads", "head_dim")
-
     blocks = BlockV1(
-        attn_norm=norm(1.0),
-        attn_norm_bias=norm(0.0),
-        w_q=heads(),
-        w_k=heads(),
-        w_v=heads(),
-        b_q=head_bias(),
-        b_k=head_bias(),
-        b_v=head_bias(),
-        w_o=weights.normal(into_residual, (N, H, D), "heads", "head_dim", "embed_weight"),
-        b_o=norm(0.0),
-        mlp_norm=norm(1.0),
-        mlp_norm_bias=norm(0.0),
-        w_in=weights.normal(0.02, (D, F), "embed_weight", "ffn"),
-        b_in=weights.constant(0.0, (F,), "ffn"),
-        w_out=weights.normal(into_residual, (F, D), "ffn", "embed_weight"),
-        b_out=norm(0.0),
+        attn_norm=draw.constant("attn_norm", 1.0, (D,)),
+        attn_norm_bias=draw.constant("attn_norm_bias", 0.0, (D,)),
+        w_q=draw.normal("w_q", 0.02, (D, N, H)),
+        w_k=draw.normal("w_k", 0.02, (D, N, H)),
+        w_v=draw.normal("w_v", 0.02, (D, N, H)),
+        b_q=draw.constant("b_q", 0.0, (N, H)),
+        b_k=draw.constant("b_k", 0.0, (N, H)),
+        b_v=draw.constant("b_v", 0.0, (N, H)),
+        w_o=draw.normal("w_o", into_residual, (N, H, D)),
+        b_o=draw.constant("b_o", 0.0, (D,)),
+        mlp_norm=draw.constant("mlp_norm", 1.0, (D,)),
+        mlp_norm_bias=draw.constant("mlp_norm_bias", 0.0, (D,)),
+        w_in=draw.normal("w_in", 0.02, (D, F)),
+        b_in=draw.constant("b_in", 0.0, (F,)),
+        w_out=draw.normal("w_out", into_residual, (F, D)),
+        b_out=draw.constant("b_out", 0.0, (D,)),
     )
     spec = layout.spec("norm")
     return TrunkV1(
-        embedding=weights.table(0.02, (config.vocab_size, D), "vocab", "embed_weight"),
+        embedding=draw.table("embedding", 0.02, (config.vocab_size, D)),
         blocks=blocks,
         final_norm=jnp.ones((D,), jnp.float32, out_sharding=spec),
         final_norm_bias=jnp.zeros((D,), jnp.float32, out_sharding=spec),

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMConfig
 from glm_jax.layers import gated_mlp, rms_norm, rotary_angles, rotate
-from glm_jax.trunk import Attend, LayerWeights, Places, Trunk, kv_axis, running_sum
+from glm_jax.trunk import Attend, Places, Trunk, running_sum
+from glm_jax.weights import Draw, kv_axis
 from sharding.layout import Layout
 
 
@@ -95,32 +96,31 @@ def init_trunk_v2(config: GLMConfig, layout: Layout, key: jax.Array) -> TrunkV2:
         config.head_dim,
         config.ffn_size,
     )
-    kv = kv_axis(config, layout)
-    weights = LayerWeights(config, layout, key)
+    draw = Draw(config, layout, key)
     into_residual = 0.02 / (2 * config.num_layers) ** 0.5
 
-    def bias(heads: int, axis: str | None) -> jax.Array | None:
-        return weights.constant(0.0, (heads, H), axis, "head_dim") if config.qkv_bias else None
+    def bias(name: str, heads: int) -> jax.Array | None:
+        return draw.constant(name, 0.0, (heads, H)) if config.qkv_bias else None
 
-    def out_norm() -> jax.Array | None:
-        return weights.constant(1.0, (D,), "norm") if config.sandwich_norms else None
+    def out_norm(name: str) -> jax.Array | None:
+        return draw.constant(name, 1.0, (D,)) if config.sandwich_norms else None
 
     blocks = Block(
-        attn_norm=weights.constant(1.0, (D,), "norm"),
-        w_q=weights.normal(0.02, (D, N, H), "embed_weight", "heads", "head_dim"),
-        w_k=weights.normal(0.02, (D, K, H), "embed_weight", kv, "head_dim"),
-        w_v=weights.normal(0.02, (D, K, H), "embed_weight", kv, "head_dim"),
-        b_q=bias(N, "heads"),
-        b_k=bias(K, kv),
-        b_v=bias(K, kv),
-        w_o=weights.normal(into_residual, (N, H, D), "heads", "head_dim", "embed_weight"),
-        attn_out_norm=out_norm(),
-        mlp_norm=weights.constant(1.0, (D,), "norm"),
-        w_gate=weights.normal(0.02, (D, F), "embed_weight", "ffn"),
-        w_up=weights.normal(0.02, (D, F), "embed_weight", "ffn"),
-        w_down=weights.normal(into_residual, (F, D), "ffn", "embed_weight"),
-        mlp_out_norm=out_norm(),
+        attn_norm=draw.constant("attn_norm", 1.0, (D,)),
+        w_q=draw.normal("w_q", 0.02, (D, N, H)),
+        w_k=draw.normal("w_k", 0.02, (D, K, H)),
+        w_v=draw.normal("w_v", 0.02, (D, K, H)),
+        b_q=bias("b_q", N),
+        b_k=bias("b_k", K),
+        b_v=bias("b_v", K),
+        w_o=draw.normal("w_o", into_residual, (N, H, D)),
+        attn_out_norm=out_norm("attn_out_norm"),
+        mlp_norm=draw.constant("mlp_norm", 1.0, (D,)),
+        w_gate=draw.normal("w_gate", 0.02, (D, F)),
+        w_up=draw.normal("w_up", 0.02, (D, F)),
+        w_down=draw.normal("w_down", into_residual, (F, D)),
+        mlp_out_norm=out_norm("mlp_out_norm"),
     )
-    embedding = weights.table(0.02, (config.vocab_size, D), "vocab", "embed_weight")
+    embedding = draw.table("embedding", 0.02, (config.vocab_size, D))
     final_norm = jnp.ones((D,), jnp.float32, out_sharding=layout.spec("norm"))
     return TrunkV2(embedding=embedding, blocks=blocks, final_norm=final_norm, config=config)

@@ -17,6 +17,7 @@ class OptimConfig:
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9
     beta2: float = 0.95
+    eps: float = 1e-8  # added to the root of the second moment
     clip_norm: float = 1.0  # of the global gradient norm
 
 
@@ -49,6 +50,7 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
             learning_rate(config, num_steps),
             b1=config.beta1,
             b2=config.beta2,
+            eps=config.eps,
             weight_decay=config.weight_decay,
             mask=decayed,
         ),

@@ -12,12 +12,13 @@ import optax
 from flax import nnx
 
 from glm_jax.batch import Sequences
-from glm_jax.loss import cross_entropy, token_logprobs
+from glm_jax.loss import Count, cross_entropy, num_counted, token_logprobs
+from glm_jax.metrics import Metrics, Shares, combined, finished, neutral
 from glm_jax.model import CausalLM, apply_model
 from sharding.layout import Layout
 
-Metrics = dict[str, jax.Array]
-LossFn = Callable[[Any, Any], tuple[jax.Array, Metrics]]  # (model, batch) -> (scalar, metrics)
+# (model, rows, counts of the whole batch) -> (scalar, shares of metrics)
+LossFn = Callable[[Any, Any, Any], tuple[jax.Array, Shares]]
 Report = Callable[[int, Mapping[str, float], int], None]  # (step, metrics, tokens)
 
 
@@ -28,9 +29,12 @@ Report = Callable[[int, Mapping[str, float], int], None]  # (step, metrics, toke
 class TrainState:
     """What an update step consumes and returns."""
 
-    step: jax.Array  # int32 scalar, updates done
+    step: Any  # int32 scalar, updates done
     model: Any
-    opt_state: optax.OptState
+    opt_state: Any
+
+
+Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
@@ -51,22 +55,58 @@ def apply_gradients(
 
 
 def make_update(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The jitted update (state, batch) -> (state, metrics); the state is donated."""
+    loss_fn: LossFn,
+    counts: Callable[[Any], Any],
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    rows_of: Callable[[Any], Any] = lambda batch: batch,
+) -> Update:
+    """The jitted update (state, batch) -> (state, metrics); the state is donated.
+
+    Args:
+        loss_fn: of some rows of a batch their share of its loss, so that the shares of all rows add up.
+        counts: rows of the whole batch -> what `loss_fn` divides by.
+        optimizer: what the gradient of the whole batch goes to.
+        layout: its `accumulate` says in how many pieces the gradient is computed.
+        rows_of: batch -> its rows, a pytree of arrays [B, ...].
+    """
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.model, batch)
-        metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
+        rows = rows_of(batch)
+        count = counts(rows)
+
+        def gradient(rows: Any) -> tuple[tuple[jax.Array, Shares], Any]:
+            return jax.value_and_grad(loss_fn, has_aux=True)(state.model, rows, count)
+
+        if layout.accumulate == 1:
+            (loss, shares), grads = gradient(rows)
+        else:
+            (loss, shares), grads = _accumulated(gradient, state.model, rows, layout)
+        metrics = {"loss": loss, **finished(shares), "grad_norm": optax.tree.norm(grads)}
         return apply_gradients(state, grads, optimizer), metrics
 
     return update
 
 
+def _accumulated(gradient: Callable[[Any], Any], model: Any, rows: Any, layout: Layout) -> Any:
+    """Sums of what `gradient` gives of every piece, one piece after the other."""
+    pieces = layout.pieces(rows, layout.accumulate)
+
+    def add(sums: Any, piece: Any) -> tuple[Any, None]:
+        (loss, shares), grads = sums
+        (more_loss, more_shares), more_grads = gradient(piece)
+        together = (loss + more_loss, combined(shares, more_shares))
+        return (together, jax.tree.map(jnp.add, grads, more_grads)), None
+
+    (loss, shares), _ = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], pieces))
+    start = ((jnp.zeros_like(loss), neutral(shares)), jax.tree.map(jnp.zeros_like, model))
+    return jax.lax.scan(add, start, pieces)[0]
+
+
 def train(
     state: TrainState,
-    update: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    update: Update,
     batches: Iterator[Any],
     num_steps: int,
     layout: Layout,
@@ -95,7 +135,14 @@ def num_tokens(batch: Any) -> int:
     return sum(int(np.sum(x.valid)) for x in found)
 
 
-def language_loss(model: CausalLM, batch: Sequences, layout: Layout) -> tuple[jax.Array, Metrics]:
+def language_loss(
+    model: CausalLM, batch: Sequences, count: Count, layout: Layout
+) -> tuple[jax.Array, Shares]:
     """Mean negative log-likelihood of the target tokens, nats/token."""
     logp = token_logprobs(apply_model(model, batch.ids, batch.valid, layout), batch.ids)
-    return cross_entropy(logp, batch.target), {"tokens": jnp.sum(batch.target)}
+    return cross_entropy(logp, batch.target, count), {"tokens": jnp.sum(batch.target)}
+
+
+def num_targets(batch: Sequences) -> jax.Array:
+    """Target tokens of a batch, at least 1."""
+    return num_counted(batch.target)

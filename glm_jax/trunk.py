@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 from glm_jax.config import Config
 from glm_jax.layers import attention
 from sharding.layout import Layout
-from sharding.pipeline import layer_slots, run_stages
+from sharding.pipeline import run_stages
+from sharding.remat import rematerialised
 
 # Which sequence a token belongs to: 0 is padding; a bool array marks real tokens of one sequence a row.
 Segments = Int[Array, "B T"] | Bool[Array, "B T"]
@@ -58,14 +59,6 @@ def running_sum(values: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[A
     return total - jax.lax.cummax(before, axis=1)
 
 
-def kv_axis(config: Config, layout: Layout) -> str | None:
-    """The logical axis of the kv groups: None where they are fewer than tensor shards.
-
-    They are whole on every shard then, and `attention` hands out copies.
-    """
-    return "kv_heads" if config.num_kv_groups % layout.ways("kv_heads") == 0 else None
-
-
 @nnx.dataclass
 class Trunk(nnx.Module):
     """Everything below a head: embedding, layers, final norm."""
@@ -102,21 +95,25 @@ class Trunk(nnx.Module):
         have numbers of their own and do not see each other. What comes out at padding means nothing.
         """
 
-        def stage(blocks: Any, state: tuple[jax.Array, Places]) -> tuple[jax.Array, Places]:
+        def stage(
+            blocks: Any, real: jax.Array | None, state: tuple[jax.Array, Places]
+        ) -> tuple[jax.Array, Places]:
             x, places = state
             mask = places.mask()
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 return attention(q, k, v, mask, layout)
 
-            def layer(x: jax.Array, block: Any) -> tuple[jax.Array, None]:
-                return self.layer(block, x, places.positions, attend, layout), None
+            def layer(x: jax.Array, now: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
+                block, is_real = now
+                y = self.layer(block, x, places.positions, attend, layout)
+                return y if is_real is None else jnp.where(is_real, y, x), None
 
-            return jax.lax.scan(layer, x, blocks)[0], places
+            return jax.lax.scan(rematerialised(layer, layout.remat), x, (blocks, real))[0], places
 
         places = self.places(ids, segments.astype(jnp.int32))
         state = (self.embed(ids, layout), places)
-        x, _ = run_stages(stage, self.compute_blocks(), state, layout)
+        x, _ = run_stages(stage, self.compute_blocks(), state, self.config.num_layers, layout)
         return self.finish(x)
 
     def prefill(
@@ -201,36 +198,3 @@ class Trunk(nnx.Module):
 
 def _with_room(x: jax.Array, room: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0)))
-
-
-class LayerWeights:
-    """Draws the float32 weights of all layers, born stacked [stage, layer, ...] with their sharding.
-
-    The values depend on the key and the order of the calls alone, not on the layout.
-    """
-
-    def __init__(self, config: Config, layout: Layout, key: jax.Array) -> None:
-        self.num_layers = config.num_layers
-        self.layout = layout
-        self.keys = iter(jax.random.split(key, 8))
-
-    def normal(self, std: float, shape: tuple[int, ...], *logical: str | None) -> jax.Array:
-        """N(0, std^2); `logical` names the dimensions of `shape`."""
-        # drawn [layer, ...] and then cut into stages, so that every layout draws the same numbers
-        drawn = self.layout.spec("stage", *logical)
-        flat = jax.random.normal(next(self.keys), (self.num_layers, *shape), out_sharding=drawn)
-        spec = self.layout.spec("stage", "layer", *logical)
-        return std * jnp.reshape(flat, (*self._stack(), *shape), out_sharding=spec)
-
-    def constant(self, value: float, shape: tuple[int, ...], *logical: str | None) -> jax.Array:
-        """The same value everywhere."""
-        spec = self.layout.spec("stage", "layer", *logical)
-        return jnp.full((*self._stack(), *shape), value, jnp.float32, out_sharding=spec)
-
-    def table(self, std: float, shape: tuple[int, int], *logical: str | None) -> jax.Array:
-        """A matrix that belongs to no layer."""
-        spec = self.layout.spec(*logical)
-        return std * jax.random.normal(next(self.keys), shape, out_sharding=spec)
-
-    def _stack(self) -> tuple[int, ...]:
-        return layer_slots(self.num_layers, self.layout).shape

@@ -19,11 +19,13 @@ import numpy as np
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.checkpoint import open_source
 from glm_jax.config import Config
-from glm_jax.generate import SamplingConfig, make_sampler
+from glm_jax.generate import SamplingConfig
 from glm_jax.hf.tables import tensor_names
-from glm_jax.hf.tensors import Source, host_weights, load_weights, to_tensors
+from glm_jax.hf.tensors import Source, load_weights, to_tensors
 from glm_jax.loss import cross_entropy, token_logprobs
 from glm_jax.model import CausalLM, apply_model, init_model
+from glm_jax.sampler import Sampler
+from glm_jax.weights import host_weights
 from sharding.errors import UserError
 from sharding.layout import Layout
 
@@ -202,7 +204,7 @@ def _loss(
         return
     value, gradients = jax.jit(jax.value_and_grad(loss))(model)
     yield _check("loss", np.asarray(value), golden["loss"], EXACT)
-    ours = to_tensors(source.config, source.form, host_weights(gradients))
+    ours = to_tensors(source.config, source.form, host_weights(gradients, layout))
     names = [str(name) for name in golden["grad_names"]]
     norms = {
         name: abs(float(np.linalg.norm(ours[name].astype(np.float64)) / norm) - 1)
@@ -228,7 +230,7 @@ def _generation(model: CausalLM, golden: Golden, layout: Layout) -> Iterator[Che
     number = np.arange(len(prompts), dtype=np.int32)
     ids, real, row = _put(layout, prompts, _real(golden), number)
     greedy = SamplingConfig(max_new_tokens=new.shape[1], temperature=0.0)
-    sample = make_sampler(model.trunk.config, greedy, (stop,), layout)
+    sample = Sampler(model.trunk.config, greedy, (stop,), layout)
     answers = sample(model, Prompts(ids, real, row), jax.random.key(0))
     tail = (slice(len(prompts)), slice(prompts.shape[1], None))
     counted = np.asarray(answers.sequences.target)[tail]

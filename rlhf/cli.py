@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from rlhf.model_cli import add_commands
+from rlhf import layout_cli, model_cli
 from sharding.errors import UserError
 
 DESCRIPTION = "Train the ChatGLM family with human feedback on a mesh of TPUs or GPUs, in JAX."
@@ -60,7 +60,8 @@ def _commands(options: list[str]) -> tyro.extras.SubcommandApp:
         """
         return partial(run_recipe, recipe, options)
 
-    add_commands(app)
+    model_cli.add_commands(app)
+    layout_cli.add_commands(app)
     return app
 
 

@@ -8,16 +8,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from glm_jax.batch import Pairs, Prompts, Sequences
-from glm_jax.generate import Generation, Sampler, SamplingConfig
+from glm_jax.generate import Generation, SamplingConfig
 from glm_jax.loss import token_logprobs
+from glm_jax.metrics import Shares
 from glm_jax.model import CausalLM, apply_model
 from glm_jax.optim import OptimConfig, make_optimizer
-from glm_jax.train import Metrics, Report, init_state, language_loss, make_update, num_tokens, train
+from glm_jax.sampler import Sampler
+from glm_jax.train import (
+    Report,
+    Update,
+    init_state,
+    language_loss,
+    make_update,
+    num_targets,
+    num_tokens,
+    train,
+)
 from rlhf.heads import ScalarModel, sequence_scores
-from rlhf.reward import interleave
+from rlhf.reward import interleave, num_pairs
 from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -46,20 +58,25 @@ class LabelledPairs(NamedTuple):
 
 
 def dpo_loss(
-    logp: Float[Array, "B 2"], ref_logp: Float[Array, "B 2"], beta: float
-) -> tuple[jax.Array, Metrics]:
+    logp: Float[Array, "B 2"],
+    ref_logp: Float[Array, "B 2"],
+    beta: float,
+    count: int | None = None,
+) -> tuple[jax.Array, Shares]:
     """-log sigmoid(beta [(log pi - log pi_0)(y_w) - (log pi - log pi_0)(y_l)]) (Rafailov et al. 2023, eq. 7).
 
-    Arguments are log-probabilities in nats of whole answers, column 0 chosen, column 1 rejected.
+    Arguments are log-probabilities in nats of whole answers, column 0 chosen, column 1 rejected. Mean over the `count`
+    pairs of the batch (None: these).
     """
+    count = count or len(logp)
     implied = beta * (logp - ref_logp)
     margin = implied[:, 0] - implied[:, 1]
     metrics = {
-        "accuracy": jnp.mean(margin > 0, dtype=jnp.float32),
-        "margin": jnp.mean(margin),
-        "chosen_logratio": jnp.mean(logp[:, 0] - ref_logp[:, 0]),
+        "accuracy": jnp.sum(margin > 0) / count,
+        "margin": jnp.sum(margin) / count,
+        "chosen_logratio": jnp.sum(logp[:, 0] - ref_logp[:, 0]) / count,
     }
-    return -jnp.mean(jax.nn.log_sigmoid(margin)), metrics
+    return -jnp.sum(jax.nn.log_sigmoid(margin)) / count, metrics
 
 
 def answer_logprobs(model: CausalLM, sequences: Sequences, layout: Layout) -> Float[Array, " B"]:
@@ -69,16 +86,33 @@ def answer_logprobs(model: CausalLM, sequences: Sequences, layout: Layout) -> Fl
     return jnp.sum(jnp.where(sequences.target, logp, 0.0), axis=1)
 
 
+Batch = tuple[LabelledPairs, Sequences]
+Counts = tuple[int, jax.Array]  # pairs, SFT target tokens
+
+
+def counts(batch: Batch) -> Counts:
+    """What the two losses of a batch are divided by."""
+    labelled, sft_batch = batch
+    return num_pairs(labelled.pairs), num_targets(sft_batch)
+
+
 def pair_loss(
-    model: CausalLM, batch: tuple[LabelledPairs, Sequences], config: DPOConfig, layout: Layout
-) -> tuple[jax.Array, Metrics]:
+    model: CausalLM, batch: Batch, count: Counts, config: DPOConfig, layout: Layout
+) -> tuple[jax.Array, Shares]:
     """L_DPO - beta_sft * mean log pi over SFT tokens (arXiv 2404.00934, section 3.2.3)."""
     labelled, sft_batch = batch
     logp = answer_logprobs(model, interleave(labelled.pairs), layout)
     logp = jnp.reshape(logp, (-1, 2), out_sharding=layout.spec("batch", None))
-    loss, metrics = dpo_loss(logp, labelled.ref_logp, config.beta)
-    sft_loss, _ = language_loss(model, sft_batch, layout)
+    loss, metrics = dpo_loss(logp, labelled.ref_logp, config.beta, count[0])
+    sft_loss, _ = language_loss(model, sft_batch, count[1], layout)
     return loss + config.sft_weight * sft_loss, {"dpo_loss": loss, "sft_loss": sft_loss, **metrics}
+
+
+def dpo_update(
+    config: DPOConfig, optimizer: optax.GradientTransformation, layout: Layout
+) -> Update:
+    """The update of `glm_jax.train.make_update` on labelled pairs and SFT sequences."""
+    return make_update(partial(pair_loss, config=config, layout=layout), counts, optimizer, layout)
 
 
 def best_and_worst(answers: list[Sequences], scores: np.ndarray, logp: np.ndarray) -> LabelledPairs:
@@ -153,7 +187,7 @@ def train_dpo(
     """A copy of `model` after `config.steps` updates. Raises UserError on a batch that does not divide."""
     layout.check_batch(config.batch_size, "dpo.batch_size")
     optimizer = make_optimizer(config.optim, config.steps)
-    update = make_update(partial(pair_loss, config=config, layout=layout), optimizer)
+    update = dpo_update(config, optimizer, layout)
     state = init_state(model, optimizer)
     return train(
         state, update, zip(pairs, sft_batches, strict=False), config.steps, layout, report

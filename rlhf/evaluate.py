@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.batch import Prompts, Sequences
-from glm_jax.generate import Sampler
 from glm_jax.loss import token_logprobs
 from glm_jax.model import CausalLM, apply_model
+from glm_jax.sampler import Sampler
 from glm_jax.tokenizers import Tokenizer
 from sharding.errors import UserError
 from sharding.layout import Layout

@@ -6,30 +6,36 @@ of actor and critic. All arrays are aligned to the token they speak of (see glm_
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+import optax
+from jaxtyping import Array, Float
 
 from glm_jax.batch import Prompts, Sequences
-from glm_jax.generate import Generation, Sampler, SamplingConfig
-from glm_jax.loss import aligned, masked_mean, token_kl, token_logprobs
+from glm_jax.generate import Generation, SamplingConfig
+from glm_jax.loss import aligned, masked_mean, num_counted, token_kl, token_logprobs
+from glm_jax.metrics import Metrics, Shares
 from glm_jax.model import CausalLM, apply_model
 from glm_jax.optim import OptimConfig, make_optimizer
+from glm_jax.sampler import Sampler
 from glm_jax.train import (
-    Metrics,
     Report,
+    TrainState,
+    Update,
     init_state,
     language_loss,
     make_update,
+    num_targets,
     num_tokens,
     to_host,
 )
-from rlhf.heads import ScalarModel, apply_scalar, last_token, sequence_scores
+from rlhf.estimators import gae, policy_loss, shaped_rewards, value_loss
+from rlhf.heads import ScalarModel, apply_scalar, sequence_scores
 from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -59,8 +65,8 @@ class PPOConfig:
     actor: OptimConfig = OptimConfig(learning_rate=1e-6)
     critic: OptimConfig = OptimConfig(learning_rate=2e-6)
 
-    def check(self, layout: Layout) -> None:
-        """Raise UserError where batch and layout do not divide, or sampling is greedy."""
+    def check(self, layout: Layout, generation: Layout) -> None:
+        """Raise UserError where batch and layouts do not divide, or sampling is greedy."""
         if self.batch_size % self.minibatches:
             raise UserError(
                 f"ppo.batch_size = {self.batch_size} is not a multiple of ppo.minibatches = {self.minibatches}"
@@ -75,7 +81,7 @@ class PPOConfig:
                 "distribution, answers drawn from a part of it would bias the ratio"
             )
         layout.check_batch(self.batch_size // self.minibatches, "ppo.batch_size / ppo.minibatches")
-        layout.for_generation().check_batch(self.batch_size, "ppo.batch_size")
+        generation.check_batch(self.batch_size, "ppo.batch_size")
 
 
 class Experience(NamedTuple):
@@ -86,84 +92,6 @@ class Experience(NamedTuple):
     values: jax.Array  # of the critic, before each token
     advantages: jax.Array
     returns: jax.Array
-
-
-def shaped_rewards(
-    scores: Float[Array, " B"],
-    logp: Float[Array, "B T"],
-    ref_logp: Float[Array, "B T"],
-    response_mask: Bool[Array, "B T"],
-    kl_coef: float,
-) -> Float[Array, "B T"]:
-    """r_t = -beta (log pi - log pi_0), plus the score on the answer's last token (arXiv 2404.00934, section 3.2).
-
-    Their sum over an answer is score - beta * KL, KL being the sampled log-ratio.
-    """
-    penalty = jnp.where(response_mask, -kl_coef * (logp - ref_logp), 0.0)
-    return penalty + jnp.where(last_token(response_mask), scores[:, None], 0.0)
-
-
-def gae(
-    rewards: Float[Array, "B T"],
-    values: Float[Array, "B T"],
-    response_mask: Bool[Array, "B T"],
-    gamma: float,
-    lam: float,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Advantages and returns by generalised advantage estimation (Schulman et al. 2016, eq. 16), 0 off the answer.
-
-    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1};  R_t = A_t + V_t.
-    Nothing follows an answer's last token: V = 0 and A = 0 there.
-    """
-    mask = response_mask.astype(jnp.float32)
-    values = values * mask
-    following = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
-    deltas = (rewards + gamma * following - values) * mask
-
-    def step(later: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        delta, counts = now
-        advantage = delta + gamma * lam * later * counts
-        return advantage, advantage
-
-    _, backwards = jax.lax.scan(
-        step, jnp.zeros_like(deltas[:, 0]), (deltas.T, mask.T), reverse=True
-    )
-    advantages = backwards.T * mask
-    return advantages, (advantages + values) * mask
-
-
-def policy_loss(
-    logp: Float[Array, "B T"],
-    old_logp: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
-    response_mask: Bool[Array, "B T"],
-    clip_range: float,
-) -> tuple[jax.Array, Metrics]:
-    """mean over answer tokens of max(-A ratio, -A clip(ratio, 1 +- eps)) (Schulman et al. 2017, eq. 7)."""
-    ratio = jnp.exp(jnp.where(response_mask, logp - old_logp, 0.0))
-    clipped = jnp.clip(ratio, 1 - clip_range, 1 + clip_range)
-    loss = masked_mean(jnp.maximum(-advantages * ratio, -advantages * clipped), response_mask)
-    metrics = {
-        "ratio_mean": masked_mean(ratio, response_mask),
-        "ratio_max": jnp.max(ratio),
-        "clip_fraction": masked_mean(
-            (jnp.abs(ratio - 1) > clip_range).astype(jnp.float32), response_mask
-        ),
-    }
-    return loss, metrics
-
-
-def value_loss(
-    values: Float[Array, "B T"],
-    old_values: Float[Array, "B T"],
-    returns: Float[Array, "B T"],
-    response_mask: Bool[Array, "B T"],
-    value_clip: float,
-) -> jax.Array:
-    """mean over answer tokens of max((V - R)^2, (V_clip - R)^2) / 2, V_clip within value_clip of the old value."""
-    near = old_values + jnp.clip(values - old_values, -value_clip, value_clip)
-    worse = jnp.maximum((values - returns) ** 2, (near - returns) ** 2)
-    return 0.5 * masked_mean(worse, response_mask)
 
 
 class Models(NamedTuple):
@@ -230,39 +158,56 @@ def take_rows(tree: Any, index: jax.Array, layout: Layout) -> Any:
     return jax.tree.map(take, tree)
 
 
+ActorRows = tuple[Experience, Sequences]
+ActorCounts = tuple[jax.Array, jax.Array]  # answer tokens, SFT target tokens
+
+
+def actor_counts(rows: ActorRows) -> ActorCounts:
+    """What the two losses of a minibatch are divided by."""
+    experience, sft_batch = rows
+    return num_targets(experience.sequences), num_targets(sft_batch)
+
+
 def actor_loss(
-    actor: CausalLM,
-    batch: tuple[Experience, jax.Array, Sequences],
-    config: PPOConfig,
-    layout: Layout,
-) -> tuple[jax.Array, Metrics]:
+    actor: CausalLM, rows: ActorRows, count: ActorCounts, config: PPOConfig, layout: Layout
+) -> tuple[jax.Array, Shares]:
     """L_PPO - beta_sft * mean log pi over SFT tokens (arXiv 2404.00934, section 3.2.3), of a minibatch."""
-    experience, index, sft_batch = batch
-    experience = take_rows(experience, index, layout)
+    experience, sft_batch = rows
     sequences = experience.sequences
     logits = apply_model(actor, sequences.ids, sequences.valid, layout)
     logp = token_logprobs(logits, sequences.ids, config.sampling.temperature)
     surrogate, metrics = policy_loss(
-        logp, experience.logp, experience.advantages, sequences.target, config.clip_range
+        logp, experience.logp, experience.advantages, sequences.target, config.clip_range, count[0]
     )
-    sft_loss, _ = language_loss(actor, sft_batch, layout)
+    sft_loss, _ = language_loss(actor, sft_batch, count[1], layout)
     metrics = {"policy_loss": surrogate, "sft_loss": sft_loss, **metrics}
     return surrogate + config.sft_weight * sft_loss, metrics
 
 
+CriticCounts = tuple[jax.Array, jax.Array]  # answer tokens, variance of their returns
+
+
+def critic_counts(experience: Experience) -> CriticCounts:
+    """What the value loss of a minibatch and its unexplained variance are divided by."""
+    mask, returns = experience.sequences.target, experience.returns
+    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return num_counted(mask), jnp.maximum(variance, 1e-8)
+
+
 def critic_loss(
-    critic: ScalarModel, batch: tuple[Experience, jax.Array], config: PPOConfig, layout: Layout
-) -> tuple[jax.Array, Metrics]:
+    critic: ScalarModel,
+    experience: Experience,
+    count: CriticCounts,
+    config: PPOConfig,
+    layout: Layout,
+) -> tuple[jax.Array, Shares]:
     """The clipped value loss of a minibatch."""
-    experience, index = batch
-    experience = take_rows(experience, index, layout)
-    sequences = experience.sequences
+    sequences, (tokens, variance) = experience.sequences, count
     values = aligned(apply_scalar(critic, sequences.ids, sequences.valid, layout))
-    mask = sequences.target
-    loss = value_loss(values, experience.values, experience.returns, mask, config.value_clip)
-    spread = masked_mean((experience.returns - masked_mean(experience.returns, mask)) ** 2, mask)
-    error = masked_mean((values - experience.returns) ** 2, mask)
-    return loss, {"explained_variance": 1 - error / jnp.maximum(spread, 1e-8)}
+    mask, returns = sequences.target, experience.returns
+    loss = value_loss(values, experience.values, returns, mask, config.value_clip, tokens)
+    explained = masked_mean(1 - (values - returns) ** 2 / variance, mask, tokens)
+    return loss, {"explained_variance": explained}
 
 
 def reference_scores(
@@ -296,6 +241,95 @@ def reference_scores(
     return scores
 
 
+class Learners(NamedTuple):
+    """The two models that an iteration changes."""
+
+    actor: TrainState
+    critic: TrainState
+
+
+class Inputs(NamedTuple):
+    """What an iteration works on; host arrays."""
+
+    prompts: Prompts
+    baseline: np.ndarray  # float32 [B], the score of each prompt's reference answer, or 0
+    sft_batches: Iterator[Sequences]  # one is taken an update of the actor
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """The programs of one iteration, each compiled once, and what happens between them."""
+
+    config: PPOConfig
+    sample: Sampler
+    layout: Layout
+    experience_of: Callable[[Models, Generation, jax.Array], tuple[Experience, Metrics]]
+    update_actor: Update
+    update_critic: Update
+
+    def __call__(
+        self,
+        learners: Learners,
+        models: Models,
+        inputs: Inputs,
+        key: jax.Array,
+        actor_learns: bool = True,
+    ) -> tuple[Learners, dict[str, float], int]:
+        """The learners after an iteration, its metrics, and the tokens of its answers."""
+        (actor, critic), layout = learners, self.layout
+        sample_key, shuffle_key = jax.random.split(key)
+        with self.sample.lend(actor.model) as loan:
+            answers = self.sample.draw(loan.policy, layout.put(inputs.prompts), sample_key)
+        actor = dataclasses.replace(actor, model=loan.policy)
+        current = models._replace(actor=actor.model, critic=critic.model)
+        baseline = layout.put(inputs.baseline)
+        experience, metrics = self.experience_of(current, answers, baseline)
+        losses: list[Metrics] = []
+        for index in _minibatches(shuffle_key, self.config):
+            critic, critic_metrics = self.update_critic(critic, (experience, index))
+            merged = {**critic_metrics, "value_loss": critic_metrics["loss"]}
+            if actor_learns:
+                sft_batch = layout.put(next(inputs.sft_batches))
+                actor, actor_metrics = self.update_actor(actor, (experience, index, sft_batch))
+                merged = {**merged, **actor_metrics}
+            losses.append(merged)
+        means = {name: jnp.mean(jnp.stack([x[name] for x in losses])) for name in losses[0]}
+        tokens = num_tokens(jax.device_get(answers.sequences))
+        figures = to_host({**metrics, **means})
+        if loan.cost.num_bytes:
+            figures |= {"reshard_gb": loan.cost.num_bytes / 1e9, "reshard_s": loan.cost.seconds}
+        return Learners(actor, critic), figures, tokens
+
+
+def make_iteration(
+    config: PPOConfig,
+    optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    sample: Sampler,
+    stop_id: int,
+    layout: Layout,
+) -> Iteration:
+    """An iteration with these optimizers of actor and critic."""
+
+    def actor_rows(batch: tuple[Experience, jax.Array, Sequences]) -> ActorRows:
+        experience, index, sft_batch = batch
+        return take_rows(experience, index, layout), sft_batch
+
+    def critic_rows(batch: tuple[Experience, jax.Array]) -> Experience:
+        rows: Experience = take_rows(*batch, layout)
+        return rows
+
+    actor = partial(actor_loss, config=config, layout=layout)
+    critic = partial(critic_loss, config=config, layout=layout)
+    return Iteration(
+        config,
+        sample,
+        layout,
+        jax.jit(partial(make_experience, config=config, stop_id=stop_id, layout=layout)),
+        make_update(actor, actor_counts, optimizers[0], layout, actor_rows),
+        make_update(critic, critic_counts, optimizers[1], layout, critic_rows),
+    )
+
+
 def train_ppo(
     models: Models,
     config: PPOConfig,
@@ -309,37 +343,22 @@ def train_ppo(
     report: Report,
 ) -> tuple[CausalLM, ScalarModel]:
     """Actor and critic after `config.iterations` iterations; `baseline` holds r(x, y_ref) by prompt index (or 0)."""
-    config.check(layout)
+    config.check(layout, sample.generation)
     updates = config.iterations * config.epochs * config.minibatches
-    actor_optimizer = make_optimizer(config.actor, updates)
-    critic_optimizer = make_optimizer(config.critic, updates)
-    experience_of = jax.jit(partial(make_experience, config=config, stop_id=stop_id, layout=layout))
-    update_actor = make_update(partial(actor_loss, config=config, layout=layout), actor_optimizer)
-    update_critic = make_update(
-        partial(critic_loss, config=config, layout=layout), critic_optimizer
+    optimizers = (make_optimizer(config.actor, updates), make_optimizer(config.critic, updates))
+    iterate = make_iteration(config, optimizers, sample, stop_id, layout)
+    learners = Learners(
+        init_state(models.actor, optimizers[0]), init_state(models.critic, optimizers[1])
     )
-    actor = init_state(models.actor, actor_optimizer)
-    critic = init_state(models.critic, critic_optimizer)
-
-    for iteration in range(1, config.iterations + 1):
+    for number in range(1, config.iterations + 1):
         batch = next(prompts)
-        sample_key, shuffle_key = jax.random.split(jax.random.fold_in(key, iteration))
-        answers = sample(actor.model, layout.put(batch), sample_key)
-        current = models._replace(actor=actor.model, critic=critic.model)
-        experience, metrics = experience_of(current, answers, layout.put(baseline[batch.row]))
-        losses: list[Metrics] = []
-        for index in _minibatches(shuffle_key, config):
-            critic, critic_metrics = update_critic(critic, (experience, index))
-            merged = {**critic_metrics, "value_loss": critic_metrics["loss"]}
-            if iteration > config.critic_warmup:
-                sft_batch = layout.put(next(sft_batches))
-                actor, actor_metrics = update_actor(actor, (experience, index, sft_batch))
-                merged = {**merged, **actor_metrics}
-            losses.append(merged)
-        means = {name: jnp.mean(jnp.stack([x[name] for x in losses])) for name in losses[0]}
-        tokens = num_tokens(jax.device_get(answers.sequences))
-        report(iteration, to_host({**metrics, **means}), tokens)
-    return actor.model, critic.model
+        inputs = Inputs(batch, baseline[batch.row], sft_batches)
+        learns = number > config.critic_warmup
+        learners, metrics, tokens = iterate(
+            learners, models, inputs, jax.random.fold_in(key, number), learns
+        )
+        report(number, metrics, tokens)
+    return learners.actor.model, learners.critic.model
 
 
 def _minibatches(key: jax.Array, config: PPOConfig) -> Iterator[np.ndarray]:

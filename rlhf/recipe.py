@@ -11,6 +11,7 @@ from rlhf.evaluate import EvaluateConfig
 from rlhf.ppo import PPOConfig
 from rlhf.reward import RewardConfig
 from rlhf.sft import SFTConfig
+from sharding.layout import Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,12 @@ class Recipe:
 
     seed: int = 0  # of everything random: data, weights, sampling
     output_dir: Path = Path("runs/default")
-    layout: str = "single"  # an entry of sharding.layout.LAYOUTS
+    layout: str = (
+        "single"  # a name, or PIPExDATAxFSDPxTENSOR[:gpipe|circular[:MICROBATCHES[:REPEATS]]]
+    )
+    generation_layout: str | None = None  # to sample in; None: `layout` without its pipeline
+    accumulate: int = 1  # pieces an update's batch is cut into, one after another, to save memory
+    remat: Remat = "none"  # what layers keep for their gradients; the rest is computed again
     devices: int | None = None  # None: all there are; on a CPU, how many to simulate
     data: ReviewsData | JsonlData = ReviewsData()
     pretrained: Path | None = (

@@ -8,11 +8,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from glm_jax.batch import Pairs, Sequences
+from glm_jax.metrics import Deviation, Metric, Shares
 from glm_jax.optim import OptimConfig, make_optimizer
-from glm_jax.train import Metrics, Report, init_state, make_update, train
+from glm_jax.train import Report, Update, init_state, make_update, train
 from rlhf.heads import ScalarModel, sequence_scores
 from sharding.layout import Layout
 
@@ -47,10 +49,15 @@ def pair_scores(
     return both[:, 0], both[:, 1]
 
 
+def num_pairs(pairs: Pairs) -> int:
+    """Pairs of a batch."""
+    return int(pairs.chosen.ids.shape[0])
+
+
 def reward_loss(
-    model: ScalarModel, pairs: Pairs, layout: Layout, l2_weight: float
-) -> tuple[jax.Array, Metrics]:
-    """L_RM + l2_weight * L_REG, mean over pairs.
+    model: ScalarModel, pairs: Pairs, count: int, layout: Layout, l2_weight: float
+) -> tuple[jax.Array, Shares]:
+    """L_RM + l2_weight * L_REG, mean over the `count` pairs of the batch.
 
     L_RM = -log sigmoid(r_w - r_l) (arXiv 2404.00934, eq. 1); L_REG = r_w^2 + r_l^2, a zero-mean Gaussian prior on
     scores (ibid., section 3.1.3), because eq. 1 fixes no scale and no origin.
@@ -58,14 +65,22 @@ def reward_loss(
     chosen, rejected = pair_scores(model, pairs, layout)
     ranking = -jax.nn.log_sigmoid(chosen - rejected)
     prior = chosen**2 + rejected**2
-    scores = jnp.stack([chosen, rejected], axis=1)
-    metrics = {
-        "accuracy": jnp.mean(chosen > rejected, dtype=jnp.float32),
-        "margin": jnp.mean(chosen - rejected),
-        "score_mean": jnp.mean(scores),
-        "score_std": jnp.std(scores),
+    mean = jnp.sum(chosen + rejected) / (2 * count)
+    metrics: dict[str, Metric] = {
+        "accuracy": jnp.sum(chosen > rejected) / count,
+        "margin": jnp.sum(chosen - rejected) / count,
+        "score_mean": mean,
+        "score_std": Deviation(mean, jnp.sum(prior) / (2 * count)),
     }
-    return jnp.mean(ranking + l2_weight * prior), metrics
+    return jnp.sum(ranking + l2_weight * prior) / count, metrics
+
+
+def reward_update(
+    config: RewardConfig, optimizer: optax.GradientTransformation, layout: Layout
+) -> Update:
+    """The update of `glm_jax.train.make_update` on Pairs."""
+    loss = partial(reward_loss, layout=layout, l2_weight=config.l2_weight)
+    return make_update(loss, num_pairs, optimizer, layout)
 
 
 def train_reward(
@@ -78,8 +93,7 @@ def train_reward(
     """A copy of `model` after `config.steps` updates. Raises UserError on a batch that does not divide."""
     layout.check_batch(config.batch_size, "reward.batch_size")
     optimizer = make_optimizer(config.optim, config.steps)
-    loss = partial(reward_loss, layout=layout, l2_weight=config.l2_weight)
-    update = make_update(loss, optimizer)
+    update = reward_update(config, optimizer, layout)
     state = init_state(model, optimizer)
     return train(state, update, batches, config.steps, layout, report).model
 
@@ -102,10 +116,10 @@ def evaluate_reward(
     accuracy, length_only = (
         float(np.mean((np.sign(np.concatenate(x)) + 1) / 2)) for x in (margins, length_gaps)
     )
-    num_pairs = sum(map(len, margins))
+    count = sum(map(len, margins))
     return {
         "accuracy": accuracy,
-        "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / num_pairs),
+        "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / count),
         "length_only_accuracy": length_only,
-        "num_pairs": num_pairs,
+        "num_pairs": count,
     }

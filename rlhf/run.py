@@ -20,10 +20,11 @@ from glm_jax.checkpoint import (
 )
 from glm_jax.config import Config
 from glm_jax.convert import export_hf
-from glm_jax.generate import make_sampler
 from glm_jax.hf.config import Tokens, default_form
 from glm_jax.model import CausalLM, init_model
+from glm_jax.sampler import Sampler
 from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer, load_tokenizer
+from glm_jax.weights import kept_layout, restack
 from rlhf.data.batches import in_order, pair_rows, prompt_rows, sft_rows, shuffled
 from rlhf.data.prepare import prepare
 from rlhf.data.records import Splits, prompt_text
@@ -56,17 +57,25 @@ class Data:
 
 def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
     """Run a recipe; returns what it writes to `summary.json`. Raises UserError for whatever the user can mend."""
-    layout = check(recipe)
+    layout, generation = check(recipe)
     with jax.set_mesh(layout.mesh()):
-        return _Run(recipe, layout, log).run()
+        return _Run(recipe, layout, generation, log).run()
 
 
-def check(recipe: Recipe) -> Layout:
-    """The recipe's layout on the devices there are. Raises UserError, before any work, for what cannot run."""
-    layout = get_layout(recipe.layout, recipe.devices)
+def check(recipe: Recipe) -> tuple[Layout, Layout]:
+    """The recipe's layouts of training and generation on the devices there are.
+
+    Raises UserError, before any work, for what cannot run.
+    """
+    named = get_layout(recipe.layout, recipe.devices)
+    layout = dataclasses.replace(named, accumulate=recipe.accumulate, remat=recipe.remat)
     layout.mesh()  # enough devices?
+    generation = layout.for_generation()
+    if recipe.generation_layout is not None:
+        generation = get_layout(recipe.generation_layout, layout.num_devices).for_generation()
     shape = recipe.model if recipe.pretrained is None else read_shape(recipe.pretrained)
     shape.check(layout)
+    shape.check(generation)
     check_context(shape, "length", recipe.length)
     for sampling in (recipe.ppo.sampling, recipe.dpo.sampling):
         total = recipe.prompt_length + sampling.max_new_tokens + 1  # and the appended stop token
@@ -77,9 +86,9 @@ def check(recipe: Recipe) -> Layout:
     layout.check_batch(recipe.ppo.sft_batch_size, "ppo.sft_batch_size")
     layout.check_batch(recipe.dpo.sft_batch_size, "dpo.sft_batch_size")
     layout.check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
-    layout.for_generation().check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
-    recipe.ppo.check(layout)
-    return layout
+    generation.check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
+    recipe.ppo.check(layout, generation)
+    return layout, generation
 
 
 def check_context(shape: Config, name: str, tokens: int) -> None:
@@ -94,9 +103,10 @@ def check_context(shape: Config, name: str, tokens: int) -> None:
 class _Run:
     """The stages of one run, in order; each leaves its checkpoint behind before the next begins."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, log: RunLog) -> None:
+    def __init__(self, recipe: Recipe, layout: Layout, generation: Layout, log: RunLog) -> None:
         self.recipe = recipe
         self.layout = layout
+        self.generation = generation
         self.log = log
         self.directory = recipe.output_dir
         self.judge = load_judge(recipe.evaluate.judge)
@@ -176,10 +186,18 @@ class _Run:
         directory = self.directory / "checkpoints" / name
         save_model(model, self.layout, card, directory, self.tokenizer.save)
 
+    def save_scalar(self, name: str, model: ScalarModel) -> None:
+        """The arrays of a reward model or critic, in the layout that models are kept in."""
+        kept = kept_layout(self.layout, model.trunk.config)
+        flat = jax.jit(partial(restack, source=self.layout, target=kept))(model)
+        checkpoint.save(self.directory / "checkpoints" / name, flat)
+
     def make_samplers(self, config: Config) -> dict[str, Any]:
         """Sampling programs by purpose; equal settings share one, so that it compiles once."""
         stop_ids = self.tokenizer.stop_ids
-        make = partial(make_sampler, config, stop_ids=stop_ids, layout=self.layout)
+        make = partial(
+            Sampler, config, stop_ids=stop_ids, layout=self.layout, generation=self.generation
+        )
         settings = {
             "ppo": self.recipe.ppo.sampling,
             "dpo": self.recipe.dpo.sampling,
@@ -202,7 +220,7 @@ class _Run:
             batches = shuffled(self.data.pairs, config.batch_size, self.recipe.seed)
             start = scalar_model(sft.trunk, layout, self.key("reward"))
             model = train_reward(start, config, batches, layout, stage.step)
-            checkpoint.save(self.directory / "checkpoints" / "reward", model)
+            self.save_scalar("reward", model)
             heldout = in_order(self.data.heldout_pairs, config.batch_size)
             return model, evaluate_reward(model, heldout, layout)
 
@@ -248,7 +266,7 @@ class _Run:
                 report,
             )
             self.save("ppo", actor)
-            checkpoint.save(self.directory / "checkpoints" / "critic", critic)
+            self.save_scalar("critic", critic)
         last = history[-max(1, len(history) // 10) :]
         return actor, {
             "kl": float(np.mean([m["kl"] for m in last])),

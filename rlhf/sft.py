@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
+import optax
+
 from glm_jax.batch import Sequences
 from glm_jax.model import CausalLM
 from glm_jax.optim import OptimConfig, make_optimizer
-from glm_jax.train import Report, init_state, language_loss, make_update, train
+from glm_jax.train import Report, Update, init_state, language_loss, make_update, num_targets, train
 from sharding.layout import Layout
 
 
@@ -20,12 +22,17 @@ class SFTConfig:
     optim: OptimConfig = OptimConfig()
 
 
+def sft_update(optimizer: optax.GradientTransformation, layout: Layout) -> Update:
+    """The update of `glm_jax.train.make_update` on Sequences."""
+    return make_update(partial(language_loss, layout=layout), num_targets, optimizer, layout)
+
+
 def train_sft(
     model: CausalLM, config: SFTConfig, batches: Iterator[Sequences], layout: Layout, report: Report
 ) -> CausalLM:
     """A copy of `model` after `config.steps` updates on `batches`. Raises UserError on a batch that does not divide."""
     layout.check_batch(config.batch_size, "sft.batch_size")
     optimizer = make_optimizer(config.optim, config.steps)
-    update = make_update(partial(language_loss, layout=layout), optimizer)
+    update = sft_update(optimizer, layout)
     state = init_state(model, optimizer)
     return train(state, update, batches, config.steps, layout, report).model

@@ -7,10 +7,12 @@ sharding mode, so a wrong entry is an error while tracing, never a silent all-ga
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -42,23 +44,42 @@ TRAINING_RULES: Rules = (
 )
 
 # Generation leaves a pipeline idle (arXiv 2404.00934, section 3): the same devices hold whole models instead and
-# the pipe axis carries more of the batch.
+# the pipe axis carries more of the batch. Last, so that every device keeps a part of the rows it had.
 GENERATION_RULES: Rules = tuple(
-    (name, {"batch": ("pipe", "data", "fsdp"), "stage": (), "vocab": ("tensor",)}.get(name, axes))
+    (name, {"batch": ("data", "fsdp", "pipe"), "stage": (), "vocab": ("tensor",)}.get(name, axes))
     for name, axes in TRAINING_RULES
 )
+
+# What a layer keeps of its forward pass for its gradient: everything; nothing but its input; the results of the
+# matrix products too; or these, but in the host's memory.
+Remat = Literal["none", "full", "matmuls", "offload"]
+REMATS: tuple[Remat, ...] = typing.get_args(Remat)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh axes, and the table logical axis -> mesh axes. One size may be -1: whatever is left."""
+    """How a program is laid out in space and time.
+
+    Sizes of the mesh axes, the table logical axis -> mesh axes, and what is done in turn rather than at once. One size
+    may be -1: whatever is left.
+    """
 
     pipe: int = 1
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
     microbatches: int = 1  # pieces a batch is cut into while it runs through the pipeline
+    repeats: int = 1  # times a batch runs around the pipeline; > 1 is the circular schedule
+    accumulate: int = 1  # pieces of an update's batch, one after another; gradients add up
+    remat: Remat = "none"
     rules: Rules = TRAINING_RULES
+
+    def __post_init__(self) -> None:
+        for name in ("microbatches", "repeats", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"layout: {name} = {getattr(self, name)}: give a positive number")
+        if self.remat not in REMATS:
+            raise UserError(f"layout: remat = {self.remat!r}: choose one of {', '.join(REMATS)}")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -86,7 +107,14 @@ class Layout:
 
     def for_generation(self) -> "Layout":
         """The layout in which the same devices sample: no pipeline, `pipe` carries batch."""
-        return dataclasses.replace(self, rules=GENERATION_RULES, microbatches=1)
+        return self.with_rules(dict(GENERATION_RULES))
+
+    def with_rules(self, changes: Mapping[str, tuple[str, ...]]) -> "Layout":
+        """This layout with other mesh axes for some logical ones, and nothing done in turn."""
+        rules = tuple((name, tuple(changes.get(name, axes))) for name, axes in self.rules)
+        return dataclasses.replace(
+            self, rules=rules, microbatches=1, repeats=1, accumulate=1, remat="none"
+        )
 
     def axes(self, logical: str) -> tuple[str, ...]:
         """Mesh axes of size > 1 that `logical` is split over. Raises ValueError on an unknown name."""
@@ -100,6 +128,10 @@ class Layout:
     def ways(self, logical: str) -> int:
         """Number of pieces that `logical` is split into."""
         return math.prod(self.sizes[axis] for axis in self.axes(logical))
+
+    def padded(self, size: int, logical: str) -> int:
+        """`size` rounded up to what divides over the axes of `logical`."""
+        return -(-size // self.ways(logical)) * self.ways(logical)
 
     def spec(self, *logical: str | None) -> PartitionSpec:
         """PartitionSpec of an array whose dimensions are named `logical` (None: not split).
@@ -134,13 +166,27 @@ class Layout:
 
         return jax.tree.map(place, tree)
 
+    def pieces(self, tree: Any, count: int) -> Any:
+        """Arrays [B, ...] on the current mesh, split over "batch", as `count` pieces of rows [count, B / count, ...].
+
+        Piece i has rows i, i + count, ...: so rows stay on their device, and there is no all-to-all.
+        """
+
+        def split(x: jax.Array) -> jax.Array:
+            shape = (x.shape[0] // count, count, *x.shape[1:])
+            rows = jnp.reshape(x, shape, out_sharding=self.spec("batch", *[None] * x.ndim))
+            return jnp.moveaxis(rows, 1, 0)
+
+        return jax.tree.map(split, tree)
+
     def check_batch(self, size: int, name: str) -> None:
         """Raise UserError unless a batch of `size` rows divides over replicas, shards and microbatches."""
-        pieces = self.ways("batch") * self.microbatches
+        pieces = self.ways("batch") * self.microbatches * self.accumulate
         if size % pieces:
+            added = f" x {self.accumulate} accumulated pieces" if self.accumulate > 1 else ""
             raise UserError(
                 f"{name} = {size} does not divide over {self.ways('batch')} batch shards x {self.microbatches} "
-                f"microbatches: make it a multiple of {pieces}"
+                f"microbatches{added}: make it a multiple of {pieces}"
             )
 
 
@@ -157,19 +203,70 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 def get_layout(name: str, num_devices: int | None) -> Layout:
-    """The entry `name` of LAYOUTS, sized for `num_devices` (None: all there are, if it can use them).
+    """The entry `name` of LAYOUTS, or the layout that `name` spells, sized for `num_devices`.
 
-    Raises UserError on an unknown name or a misfit.
+    None: as many as it can use of those there are. Raises UserError on an unknown name or a misfit.
     """
-    if name not in LAYOUTS:
-        raise UserError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[name]
-    if num_devices is None:
-        num_devices = len(jax.devices()) if -1 in layout.sizes.values() else layout.num_devices
     try:
+        layout = LAYOUTS[name] if name in LAYOUTS else parse_layout(name)
+        if num_devices is None:
+            open_ended = -1 in layout.sizes.values()
+            num_devices = len(jax.devices()) if open_ended else layout.num_devices
         return layout.on(num_devices)
     except UserError as error:
         raise UserError(f"--layout {name}: {error}") from None
+
+
+def parse_layout(text: str) -> Layout:
+    """The layout spelt PIPExDATAxFSDPxTENSOR[:SCHEDULE[:MICROBATCHES[:REPEATS]]], such as 2x1x2x2:circular:4:2.
+
+    SCHEDULE is gpipe or circular; there are as many microbatches as stages, and two repeats of the circular
+    schedule, where the spelling does not say. Raises UserError.
+    """
+    sizes, *options = text.split(":")
+    try:
+        pipe, data, fsdp, tensor = (int(size) for size in sizes.split("x"))
+        schedule = options[0] if options else "gpipe"
+        numbers = [int(number) for number in options[1:]]
+        if schedule not in ("gpipe", "circular") or len(numbers) > 2:
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"unknown layout {text!r}: choose one of {', '.join(LAYOUTS)}, or spell it "
+            f"PIPExDATAxFSDPxTENSOR[:gpipe|circular[:MICROBATCHES[:REPEATS]]]"
+        ) from None
+    if min(pipe, data, fsdp, tensor) < 1:
+        raise UserError("the sizes of the mesh axes must be positive")
+    microbatches, repeats = (*numbers, *(pipe, 2 if schedule == "circular" else 1)[len(numbers) :])
+    if (schedule == "circular") != (repeats > 1):
+        raise UserError(
+            f"{schedule} with {repeats} repeats: gpipe goes around once, circular more often"
+        )
+    return Layout(pipe, data, fsdp, tensor, microbatches=microbatches, repeats=repeats)
+
+
+def spell_layout(layout: Layout) -> str:
+    """What `parse_layout` reads as this layout; schedules only where there is a pipeline."""
+    sizes = "x".join(str(size) for size in layout.sizes.values())
+    if layout.pipe == 1:
+        return sizes
+    schedule = "circular" if layout.repeats > 1 else "gpipe"
+    return ":".join([sizes, schedule, str(layout.microbatches), str(layout.repeats)])
+
+
+def factorisations(num_devices: int) -> Iterator[Layout]:
+    """Every layout of the four axes over `num_devices` devices, with both schedules where there is a pipeline."""
+
+    def divisors(n: int) -> list[int]:
+        return [size for size in range(1, n + 1) if n % size == 0]
+
+    for pipe in divisors(num_devices):
+        for data in divisors(num_devices // pipe):
+            for fsdp in divisors(num_devices // (pipe * data)):
+                tensor = num_devices // (pipe * data * fsdp)
+                yield Layout(pipe, data, fsdp, tensor, microbatches=pipe)
+                if pipe > 1:
+                    yield Layout(pipe, data, fsdp, tensor, microbatches=pipe, repeats=2)
 
 
 def use_devices(count: int | None) -> None:
@@ -177,7 +274,7 @@ def use_devices(count: int | None) -> None:
 
     Raises UserError where `count` is not positive, or where JAX has already counted its devices.
     """
-    if count is None:
+    if count is None or count == jax.config.values["jax_num_cpu_devices"]:
         return
     if count < 1:
         raise UserError(f"--devices {count}: give a positive number")

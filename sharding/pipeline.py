@@ -1,7 +1,10 @@
 """Pipeline schedules: run a stack of layers whose stages live on different devices.
 
-The schedule is an ordinary scan over ticks. Every stage works at every tick under one vmap over stages, and the
-hand-off to the next stage is a ring permute. It receives a callable and pytrees and knows no model.
+Stage p holds `repeats` chunks of layers; a batch, cut into M microbatches, goes around the ring of P stages once per
+repeat. With one repeat this is GPipe (Huang et al. 2019), with more the circular or interleaved schedule (Narayanan
+et al. 2021), whose bubble is smaller. Either is an ordinary scan over ticks: at every tick all stages work, each on a
+microbatch of its own, under one vmap, and hand on with a ring permute. A microbatch that is to go around again waits
+until all of them have entered. This file receives a callable and pytrees and knows no model.
 """
 
 from collections.abc import Callable
@@ -11,84 +14,187 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from sharding.layout import Layout
 
 Pytree = Any
+# (parameters of a chunk of layers, which of them are real or None for all, state) -> state
+Stage = Callable[[Pytree, jax.Array | None, Pytree], Pytree]
+
+IDLE = -1
+
+
+def num_repeats(layout: Layout) -> int:
+    """Chunks of layers a stage holds; 1 where there is no pipeline."""
+    return layout.repeats if layout.ways("stage") > 1 else 1
 
 
 def layer_slots(num_layers: int, layout: Layout) -> np.ndarray:
-    """int [stages, layers per stage]: which layer stands in which slot. Raises ValueError if it does not divide."""
-    stages = layout.ways("stage")
-    if num_layers % stages:
-        raise ValueError(f"{num_layers} layers do not divide into {stages} pipeline stages")
-    return np.arange(num_layers).reshape(stages, num_layers // stages)
+    """int [stages, slots]: which layer stands in which slot, chunk by chunk; -1 where the slot does nothing.
+
+    Layers go through chunk 0 of every stage, then through chunk 1, and so on. Chunks are equally long: where the
+    number of layers does not divide, the last slots stay empty.
+    """
+    stages, repeats = layout.ways("stage"), num_repeats(layout)
+    chunk = -(-num_layers // (stages * repeats))
+    slots = np.full(stages * repeats * chunk, IDLE)
+    slots[:num_layers] = np.arange(num_layers)
+    return slots.reshape(repeats, stages, chunk).swapaxes(0, 1).reshape(stages, repeats * chunk)
+
+
+def _period(layout: Layout) -> int:
+    """Ticks from one entry of a microbatch into the ring to its next."""
+    return max(layout.microbatches, layout.ways("stage"))
+
+
+def num_ticks(layout: Layout) -> int:
+    """Ticks of one pass over a batch."""
+    repeats, stages = num_repeats(layout), layout.ways("stage")
+    return (repeats - 1) * _period(layout) + layout.microbatches + stages - 1
+
+
+def schedule(layout: Layout) -> np.ndarray:
+    """int [ticks, stages, 2]: microbatch and repeat that a stage works on, -1 where what it computes is not used."""
+    stages, period = layout.ways("stage"), _period(layout)
+    since = np.arange(num_ticks(layout))[:, None] - np.arange(stages)  # microbatch 0 entered
+    repeat, microbatch = since // period, since % period
+    used = (since >= 0) & (repeat < num_repeats(layout)) & (microbatch < layout.microbatches)
+    return np.where(used[..., None], np.stack([microbatch, repeat], axis=-1), IDLE)
 
 
 def bubble_fraction(layout: Layout) -> float:
-    """Share of the ticks in which a stage has nothing to do: (P - 1) / (M + P - 1) (GPipe, Huang et al. 2019)."""
-    stages = layout.ways("stage")
-    return (stages - 1) / (layout.microbatches + stages - 1)
+    """Share of all stages' ticks that is not used, counted in the schedule.
+
+    (P - 1) / (v M + P - 1) for v repeats of M >= P microbatches; with fewer microbatches than stages a repeat has
+    to wait for the one before it, and the share is 1 - v M / (v P + M - 1).
+    """
+    return float(np.mean(schedule(layout)[..., 0] == IDLE))
 
 
 def run_stages(
-    stage: Callable[[Pytree, Pytree], Pytree], params: Pytree, state: Pytree, layout: Layout
+    stage: Stage, params: Pytree, state: Pytree, num_layers: int, layout: Layout
 ) -> Pytree:
-    """Apply all stages in turn to `state`; GPipe over `layout.microbatches` where there is more than one stage.
+    """Apply all layers in turn to `state`, through the pipeline where there is more than one stage.
 
     Args:
-        stage: (parameters of one stage, state) -> state, shapes kept.
-        params: pytree whose leaves have a leading stage dimension [P, ...].
+        stage: see `Stage`; keeps the shapes of the state.
+        params: pytree whose leaves have leading dimensions [stage, slot, ...], filled as `layer_slots` says.
         state: pytree of activations [B, ...], B split over "batch"; all of it travels from stage to stage.
+        num_layers: layers that are real.
+        layout: its mesh must be set.
 
     Returns:
-        The state after the last stage, shapes and shardings as given.
+        The state after the last layer, shapes and shardings as given.
     """
-    if layout.ways("stage") == 1:
-        return stage(jax.tree.map(lambda w: w[0], params), state)
-    return _gpipe(stage, params, state, layout)
+    slots = layer_slots(num_layers, layout)
+    real = None if np.all(slots != IDLE) else slots != IDLE
+    if layout.ways("stage") > 1:
+        return _run_pipeline(stage, params, real, state, layout)
+    assert real is None  # one stage has a slot for every layer
+    return stage(jax.tree.map(lambda w: w[0], params), None, state)
 
 
-def _gpipe(
-    stage: Callable[[Pytree, Pytree], Pytree], params: Pytree, state: Pytree, layout: Layout
+def _run_pipeline(
+    stage: Stage, params: Pytree, real: np.ndarray | None, state: Pytree, layout: Layout
 ) -> Pytree:
-    num_stages, num_micro = layout.ways("stage"), layout.microbatches
+    stages, micro = layout.ways("stage"), layout.microbatches
+    (axis,) = layout.axes("stage")
+    ticks, wait = num_ticks(layout), _period(layout) - stages
+    params = jax.tree.map(partial(_whole_chunks, layout=layout), params)
+    if real is not None:
+        spec = layout.spec("stage", None, None)
+        params = params, jax.sharding.reshard(_chunked(jnp.asarray(real), layout), spec)
+    else:
+        params = params, None
 
-    def microbatches(x: jax.Array) -> jax.Array:
-        # (b, M) and not (M, b): rows stay on their device, no all-to-all
-        batch = x.shape[0] // num_micro
-        spec = layout.spec("batch", *[None] * x.ndim)
-        split = jnp.reshape(x, (batch, num_micro, *x.shape[1:]), out_sharding=spec)
-        # idle ticks at the end feed microbatch 0 again; nobody reads what comes of it
-        padding = [(0, 0), (0, num_stages - 1)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.moveaxis(jnp.pad(split, padding), 1, 0)
+    def first(like: jax.Array) -> jax.Array:
+        return (jnp.arange(stages) == 0).reshape(-1, *[1] * (like.ndim - 1))
 
-    def empty(x: jax.Array) -> jax.Array:
-        shape = (num_stages, x.shape[1], *x.shape[2:])
-        spec = layout.spec("stage", "batch", *[None] * (x.ndim - 2))
+    def empty(x: jax.Array, *lead: int) -> jax.Array:
+        shape, spec = (*lead, stages, *x.shape[1:]), layout.spec(None, "stage", "batch")
+        spec = PartitionSpec(*spec[1 - len(lead) :], *[None] * (x.ndim - 2))
         return jnp.zeros(shape, x.dtype, out_sharding=spec)
 
-    def enter(held: jax.Array, new: jax.Array) -> jax.Array:
-        first = jnp.arange(num_stages) == 0
-        return jnp.where(first.reshape(-1, *[1] * new.ndim), new[None], held)
+    def tick(carry: tuple[Pytree, Pytree], now: tuple[jax.Array, Pytree]) -> tuple[Pytree, Pytree]:
+        (arrived, waiting), (t, new) = carry, now
+        if wait:  # a ring buffer: what arrived `wait` ticks ago enters now
+            place = t % wait
+            entering = jax.tree.map(
+                lambda q: jax.lax.dynamic_index_in_dim(q, place, 0, False), waiting
+            )
+            waiting = jax.tree.map(
+                lambda q, x: jax.lax.dynamic_update_index_in_dim(q, x, place, 0), waiting, arrived
+            )
+        else:
+            entering = arrived
 
-    def tick(held: Pytree, new: Pytree) -> tuple[Pytree, Pytree]:
-        held = jax.tree.map(enter, held, new)
-        held = jax.vmap(stage, spmd_axis_name=layout.axes("stage"))(params, held)
-        held = jax.tree.map(partial(_hand_on, layout=layout), held)
-        return held, held  # the ring has brought the last stage's output to slot 0
+        def enter(new: jax.Array, again: jax.Array, arrived: jax.Array) -> jax.Array:
+            head = jnp.where(t < micro, new[None], again)
+            return jnp.where(first(arrived), head, arrived)
 
-    feed = jax.tree.map(microbatches, state)
-    _, outputs = jax.lax.scan(tick, jax.tree.map(empty, feed), feed)
+        inputs = jax.tree.map(enter, new, entering, arrived)
+        chunk: tuple[Pytree, Pytree] = jax.tree.map(lambda w: _pick_chunk(w, t, layout), params)
+        work = jax.vmap(lambda w, real, x: stage(w, real, x), spmd_axis_name=axis)
+        outputs = work(*chunk, inputs)
+        arrived = jax.tree.map(partial(_hand_on, layout=layout), outputs)
+        return (arrived, waiting), arrived  # the ring has brought the last stage's output to slot 0
+
+    # what enters after the last microbatch is not used
+    feed = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, ticks - micro)] + [(0, 0)] * (x.ndim - 1)),
+        layout.pieces(state, micro),
+    )
+    waiting = jax.tree.map(lambda x: empty(x, wait), feed) if wait else None
+    carry = (jax.tree.map(empty, feed), waiting)
+    _, outputs = jax.lax.scan(tick, carry, (jnp.arange(ticks), feed))
 
     def rows(x: jax.Array, like: jax.Array) -> jax.Array:
         # slot 0 of [tick, P, b, ...] for all stages, as a sum since the stage dimension is split
-        first = (jnp.arange(num_stages) == 0).reshape(-1, *[1] * (x.ndim - 2))
-        finished = jnp.sum(jnp.where(first, x[num_stages - 1 :], 0), axis=1, dtype=x.dtype)
+        last = x[ticks - micro :]
+        finished = jnp.sum(jnp.where(first(last[0]), last, 0), axis=1, dtype=x.dtype)
         spec = layout.spec("batch", *[None] * (like.ndim - 1))
         return jnp.reshape(jnp.moveaxis(finished, 0, 1), like.shape, out_sharding=spec)
 
     return jax.tree.map(rows, outputs, state)
+
+
+def _chunked(w: jax.Array, layout: Layout) -> jax.Array:
+    """[stage, slot, ...] -> [stage, repeat, slot of the chunk, ...]."""
+    repeats = num_repeats(layout)
+    return jnp.reshape(w, (w.shape[0], repeats, w.shape[1] // repeats, *w.shape[2:]))
+
+
+def _whole_chunks(w: jax.Array, layout: Layout) -> jax.Array:
+    """`_chunked`, every stage's weights gathered over the axes that only split them for storage (FSDP).
+
+    Once, ahead of the ticks: left to the compiler they are gathered again at every tick.
+    """
+    storage = set(layout.axes("embed_weight"))
+
+    def kept(part: Any) -> Any:
+        axes = tuple(a for a in (part if isinstance(part, tuple) else (part,)) if a not in storage)
+        return axes[0] if len(axes) == 1 else axes or None
+
+    spec = jax.typeof(w).sharding.spec
+    whole = PartitionSpec(*(kept(part) for part in spec))
+    return _chunked(jax.sharding.reshard(w, whole), layout)
+
+
+def _pick_chunk(w: jax.Array, t: jax.Array, layout: Layout) -> jax.Array:
+    """[stage, repeat, ...] -> [stage, ...]: the chunk that each stage works with at tick t."""
+    repeats = num_repeats(layout)
+    if repeats == 1:
+        return w[:, 0]
+    (axis,) = layout.axes("stage")
+    spec = jax.typeof(w).sharding.spec
+
+    def pick(w: jax.Array, t: jax.Array) -> jax.Array:
+        repeat = jnp.clip((t - jax.lax.axis_index(axis)) // _period(layout), 0, repeats - 1)
+        return jax.lax.dynamic_index_in_dim(w, repeat, 1, keepdims=False)
+
+    out = PartitionSpec(spec[0], *spec[2:])
+    return jax.shard_map(pick, in_specs=(spec, PartitionSpec()), out_specs=out)(w, t)
 
 
 def _hand_on(x: jax.Array, layout: Layout) -> jax.Array:

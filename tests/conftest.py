@@ -24,7 +24,8 @@ jaxtyping.install_import_hook(
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compile a program once and not in every test that uses it, nor in the next run of the tests."""
-    if config.cache is not None:
+    if config.pluginmanager.hasplugin("cacheprovider"):
+        assert config.cache is not None
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

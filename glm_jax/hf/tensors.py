@@ -33,6 +33,7 @@ from sharding.disk.scratch import Scratch
 from sharding.disk.stored import Stored
 from sharding.errors import UserError
 from sharding.layout import Layout
+from sharding.pipeline import IDLE, layer_slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,14 +157,31 @@ def read_weight(
 
 
 def read_shard(
-    source: Source, name: str, dtype: np.dtype | None, shape: Shape, index: Index
+    source: Source, name: str, dtype: np.dtype | None, shape: Shape, slots: np.ndarray, index: Index
 ) -> np.ndarray:
-    """`index` of a weight that is stacked [stage, layer, ...] if it belongs to the blocks."""
-    if not name.startswith(BLOCK):
-        return read_weight(source, name, dtype, index)
-    stages, slots = (range(*index[axis].indices(shape[axis])) for axis in (0, 1))
-    layers = [slice(s * shape[1] + slots.start, s * shape[1] + slots.stop) for s in stages]
-    return np.stack([read_weight(source, name, dtype, (part, *index[2:])) for part in layers])
+    """`index` of a weight of this (padded) shape, [stage, slot, ...] as `slots` says if it belongs to the blocks.
+
+    What no tensor holds, empty slots and a vocabulary's padding, is 0.
+    """
+    kind = dtype or source.stored(name, 0).dtype
+    local = tuple(len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True))
+    out = np.zeros(local, kind)
+    if name.startswith(BLOCK):
+        for place, layer in np.ndenumerate(slots[index[:2]]):
+            if layer != IDLE:
+                own = (slice(layer, layer + 1), *index[2:])
+                out[place] = read_weight(source, name, dtype, own)[0]
+        return out
+    real = weight_shapes(source.config)[name]
+    there = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+    cut = tuple(
+        slice(min(part.start, end), min(part.stop, end))
+        for part, end in zip(there, real, strict=True)
+    )
+    if all(part.stop > part.start for part in cut):
+        found = read_weight(source, name, dtype, cut)
+        out[tuple(slice(size) for size in found.shape)] = found
+    return out
 
 
 def load_weights(
@@ -176,6 +194,7 @@ def load_weights(
     config = source.config
     shapes = jax.eval_shape(lambda key: init_model(config, layout, key), jax.random.key(0))
     mesh = jax.sharding.get_mesh()
+    slots = layer_slots(config.num_layers, layout)
 
     def place(path: tuple[jax.tree_util.KeyEntry, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path)
@@ -184,7 +203,7 @@ def load_weights(
         def shard(index: Index | None) -> np.ndarray:
             assert index is not None
             if str(index) not in seen:
-                seen[str(index)] = read_shard(source, name, dtype, like.shape, index)
+                seen[str(index)] = read_shard(source, name, dtype, like.shape, slots, index)
             return seen[str(index)]
 
         sharding = NamedSharding(mesh, like.sharding.spec)
@@ -252,13 +271,3 @@ def make_buffers(config: Config, form: Form, dtype: np.dtype) -> Weights:
         f"transformer.layers.{i}.attention.rotary_emb.inv_freq": frequencies
         for i in range(config.num_layers)
     }
-
-
-def host_weights(model: CausalLM) -> Weights:
-    """float32 weights by path on the host, layers stacked [layer, ...]."""
-    weights: Weights = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        name = jax.tree_util.keystr(path)
-        host = np.asarray(leaf, np.float32)
-        weights[name] = host.reshape(-1, *host.shape[2:]) if name.startswith(BLOCK) else host
-    return weights

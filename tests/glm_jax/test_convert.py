@@ -17,12 +17,14 @@ from glm_jax.config import GLMConfig, GLMV1Config
 from glm_jax.convert import companions, export_hf, import_hf
 from glm_jax.hf.config import Form, Tokens, read_fields
 from glm_jax.hf.tables import BUFFERS, transposed
-from glm_jax.hf.tensors import check_finite, host_weights, read_shard
+from glm_jax.hf.tensors import check_finite, read_shard
 from glm_jax.model import init_model
+from glm_jax.weights import host_weights
 from sharding.disk.find import find_tensors
 from sharding.disk.manifest import check_manifest, differing, hash_tensors
 from sharding.errors import UserError
 from sharding.layout import Layout, get_layout
+from sharding.pipeline import layer_slots
 
 FOLDERS = (
     "chatglm-6b",
@@ -125,18 +127,20 @@ def test_a_checkpoint_loads_onto_every_layout(
             form = Form.CHATGLM if isinstance(config, GLMV1Config) else Form.CHATGLM3
             card = Card(config, form, Tokens(2, 0))
             save_model(model, split, card, directory, lambda folder: None)
-            expected = host_weights(model)
+            expected = host_weights(model, split)
         layout = get_layout(name, 1 if name == "single" else 8)
         with jax.set_mesh(layout.mesh()):
             restored = load_model(directory, layout)
             assert restored.trunk.blocks.w_q.shape[0] == layout.pipe
-            for path, weight in host_weights(restored).items():
+            for path, weight in host_weights(restored, layout).items():
                 np.testing.assert_array_equal(weight, expected[path], err_msg=path)
             # saved from a pipeline it is the same checkpoint again
             save_model(restored, layout, card, tmp_path / "again", lambda folder: None)
         export_hf(tmp_path / "again", tmp_path / "out", None, "keep", None, _quiet)
         with jax.set_mesh(Layout().mesh()):
-            for path, weight in host_weights(load_model(tmp_path / "out", Layout())).items():
+            for path, weight in host_weights(
+                load_model(tmp_path / "out", Layout()), Layout()
+            ).items():
                 np.testing.assert_array_equal(weight, expected[path], err_msg=path)
         shutil.rmtree(tmp_path / "out")
 
@@ -167,10 +171,10 @@ def test_a_streamed_checkpoint_is_the_model_of_its_directory(
     import_hf(source, tmp_path / "checkpoint", "keep", None, _quiet)
     layout = Layout() if name == "single" else Layout(fsdp=4, tensor=2)
     with jax.set_mesh(layout.mesh()):
-        expected = host_weights(load_model(source, layout))
+        expected = host_weights(load_model(source, layout), layout)
         restored = load_model(tmp_path / "checkpoint", layout)
         assert restored.trunk.blocks.w_q.dtype == np.float32
-        for path, weight in host_weights(restored).items():
+        for path, weight in host_weights(restored, layout).items():
             np.testing.assert_array_equal(weight, expected[path], err_msg=path)
 
 
@@ -192,12 +196,13 @@ def test_a_shard_reads_its_own_bytes_and_no_others(
     layout = Layout(fsdp=4, tensor=2)
     with jax.set_mesh(layout.mesh()):
         shapes = jax.eval_shape(partial(init_model, source.config, layout), jax.random.key(0))
+        slots = layer_slots(source.config.num_layers, layout)
         for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
             sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
             index = sharding.devices_indices_map(leaf.shape)[jax.devices()[5]]
             name = jax.tree_util.keystr(keys)
             count = 0
-            piece = read_shard(source, name, None, leaf.shape, index)
+            piece = read_shard(source, name, None, leaf.shape, slots, index)
             assert count == piece.nbytes, name
             assert piece.shape == sharding.shard_shape(leaf.shape)
 

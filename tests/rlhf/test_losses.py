@@ -11,6 +11,7 @@ import pytest
 from glm_jax.batch import Pairs, Sequences
 from glm_jax.config import GLMConfig
 from glm_jax.loss import token_kl, token_logprobs
+from glm_jax.metrics import finished
 from glm_jax.model import init_trunk
 from rlhf.dpo import best_and_worst, dpo_loss
 from rlhf.evaluate import distinct_n, win_tie_lose
@@ -58,7 +59,7 @@ def test_reward_loss_against_a_loop(small: GLMConfig) -> None:
         model = scalar_model(trunk, LAYOUT, jax.random.key(1))
         pairs = LAYOUT.put(_pairs(6))
         chosen, rejected = pair_scores(model, pairs, LAYOUT)
-        loss, metrics = reward_loss(model, pairs, LAYOUT, 0.3)
+        loss, shares = reward_loss(model, pairs, 6, LAYOUT, 0.3)
         apart = sequence_scores(model, pairs.rejected, LAYOUT)
     np.testing.assert_allclose(rejected, apart, atol=1e-6)
     expected = 0.0
@@ -66,7 +67,11 @@ def test_reward_loss_against_a_loop(small: GLMConfig) -> None:
         expected += math.log(1 + math.exp(worse - better)) + 0.3 * (better**2 + worse**2)
     assert float(loss) == pytest.approx(expected / 6, rel=1e-5)
     wins = sum(b > w for b, w in zip(chosen.tolist(), rejected.tolist(), strict=True))
+    metrics = finished(shares)
     assert float(metrics["accuracy"]) == pytest.approx(wins / 6)
+    scores = np.concatenate([chosen, rejected])
+    assert float(metrics["score_mean"]) == pytest.approx(float(scores.mean()), rel=1e-5)
+    assert float(metrics["score_std"]) == pytest.approx(float(scores.std()), rel=1e-4)
 
 
 def test_a_score_is_read_at_the_last_real_token_on_either_side_of_padding(small: GLMConfig) -> None:
@@ -114,14 +119,14 @@ def test_reward_accuracy_skips_filling_rows_and_knows_the_length_ruler(small: GL
 def test_dpo_loss_against_a_loop() -> None:
     rng = np.random.default_rng(0)
     logp, ref_logp = (rng.normal(size=(5, 2)).astype(np.float32) for _ in range(2))
-    loss, metrics = dpo_loss(jnp.asarray(logp), jnp.asarray(ref_logp), 0.3)
+    loss, shares = dpo_loss(jnp.asarray(logp), jnp.asarray(ref_logp), 0.3)
     expected, right = 0.0, 0
     for (w, l), (rw, rl) in zip(logp.tolist(), ref_logp.tolist(), strict=True):  # noqa: E741
         margin = 0.3 * (w - rw) - 0.3 * (l - rl)
         expected += math.log(1 + math.exp(-margin)) / 5
         right += margin > 0
     assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert float(metrics["accuracy"]) == pytest.approx(right / 5)
+    assert float(finished(shares)["accuracy"]) == pytest.approx(right / 5)
     at_start, _ = dpo_loss(jnp.asarray(logp), jnp.asarray(logp), 0.3)
     assert float(at_start) == pytest.approx(math.log(2), abs=1e-6)
 

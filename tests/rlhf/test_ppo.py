@@ -11,20 +11,20 @@ import pytest
 
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.config import GLMConfig
-from glm_jax.generate import Generation, SamplingConfig, make_sampler
+from glm_jax.generate import Generation, SamplingConfig
+from glm_jax.metrics import Metrics, finished
 from glm_jax.model import CausalLM, init_model
-from glm_jax.train import Metrics
+from glm_jax.sampler import Sampler
+from rlhf.estimators import gae, policy_loss, shaped_rewards, value_loss
 from rlhf.heads import ScalarModel, apply_scalar, scalar_model
 from rlhf.ppo import (
     Experience,
     Models,
     PPOConfig,
+    actor_counts,
     actor_loss,
-    gae,
     make_experience,
-    policy_loss,
-    shaped_rewards,
-    value_loss,
+    take_rows,
 )
 from rlhf.rollout import with_stop
 from sharding.errors import UserError
@@ -78,7 +78,8 @@ def test_gae_against_the_double_sum(gamma: float, lam: float) -> None:
 
 def test_policy_loss_against_a_loop() -> None:
     logp, old, advantages = _random("logp", "old", "advantages")
-    loss, metrics = policy_loss(logp, old, advantages, jnp.asarray(MASK), 0.2)
+    loss, shares = policy_loss(logp, old, advantages, jnp.asarray(MASK), 0.2)
+    metrics = finished(shares)
     terms, clipped = [], 0
     for row, t in zip(*np.nonzero(MASK), strict=True):
         ratio = math.exp(float(logp[row, t] - old[row, t]))
@@ -125,7 +126,7 @@ def models(small: GLMConfig) -> Iterator[Models]:
 def test_sampling_from_a_part_of_the_distribution_is_refused(part: dict[str, float]) -> None:
     config = PPOConfig(sampling=SamplingConfig(**part))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="top_k and top_p must be 0 and 1"):
-        config.check(LAYOUT)
+        config.check(LAYOUT, LAYOUT)
 
 
 def _answers(models: Models, sampling: SamplingConfig) -> Generation:
@@ -133,7 +134,7 @@ def _answers(models: Models, sampling: SamplingConfig) -> Generation:
     ids = rng.integers(3, 64, (8, 5)).astype(np.int32)
     valid = np.arange(5) >= (np.arange(8) % 4)[:, None]
     prompts = Prompts(np.where(valid, ids, 0), valid, np.arange(8, dtype=np.int32))
-    sample = make_sampler(models.actor.trunk.config, sampling, (STOP, 7), LAYOUT)
+    sample = Sampler(models.actor.trunk.config, sampling, (STOP, 7), LAYOUT)
     return sample(models.actor, LAYOUT.put(prompts), jax.random.key(5))
 
 
@@ -157,7 +158,8 @@ def test_step_zero_ratio_is_one_and_kl_zero_at_any_temperature(
     assert abs(float(metrics["kl_exact"])) <= 1e-6
     assert float(metrics["drift"]) <= 1e-5  # what was sampled and what the trainer computes
     mask = answers.sequences.target
-    _, of_loss = policy_loss(experience.logp, experience.logp, experience.advantages, mask, 0.2)
+    _, shares = policy_loss(experience.logp, experience.logp, experience.advantages, mask, 0.2)
+    of_loss = finished(shares)
     assert float(of_loss["ratio_mean"]) == 1.0 == float(of_loss["ratio_max"])
 
 
@@ -166,8 +168,9 @@ def test_the_update_programs_ratio_starts_at_one(models: Models) -> None:
     config = PPOConfig(batch_size=8, minibatches=2, sampling=sampling)
     answers = _answers(models, sampling)
     experience, _ = _experience(models, answers, config)
-    batch = (experience, jnp.array([6, 1, 3, 4]), answers.sequences)
-    _, metrics = jax.jit(partial(actor_loss, config=config, layout=LAYOUT))(models.actor, batch)
+    rows = take_rows(experience, jnp.array([6, 1, 3, 4]), LAYOUT), answers.sequences
+    loss = jax.jit(partial(actor_loss, config=config, layout=LAYOUT))
+    metrics = finished(loss(models.actor, rows, actor_counts(rows))[1])
     assert float(metrics["ratio_mean"]) == pytest.approx(1.0, abs=1e-6)
     assert float(metrics["ratio_max"]) == pytest.approx(1.0, abs=1e-5)
 
@@ -194,8 +197,8 @@ def test_a_tokens_value_is_that_of_the_state_before_it(models: Models) -> None:
 
 def test_settings_that_cannot_run_are_named() -> None:
     with pytest.raises(UserError, match=r"ppo.batch_size = 10 .* ppo.minibatches = 4"):
-        PPOConfig(batch_size=10, minibatches=4).check(LAYOUT)
+        PPOConfig(batch_size=10, minibatches=4).check(LAYOUT, LAYOUT)
     with pytest.raises(UserError, match=r"ppo.sampling.temperature = 0"):
-        PPOConfig(sampling=SamplingConfig(temperature=0.0)).check(LAYOUT)
+        PPOConfig(sampling=SamplingConfig(temperature=0.0)).check(LAYOUT, LAYOUT)
     with pytest.raises(UserError, match=r"multiple of 4"):
-        PPOConfig(batch_size=6, minibatches=1).check(Layout(data=4))
+        PPOConfig(batch_size=6, minibatches=1).check(Layout(data=4), Layout(data=4))

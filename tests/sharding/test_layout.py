@@ -29,7 +29,7 @@ def test_spec_refuses_what_would_be_silently_wrong() -> None:
 def test_generation_gives_the_pipe_axis_to_the_batch() -> None:
     layout = Layout(pipe=2, data=2, tensor=2, microbatches=4).for_generation()
     assert layout.ways("stage") == 1
-    assert layout.spec("batch") == PartitionSpec(("pipe", "data"))
+    assert layout.spec("batch") == PartitionSpec(("data", "pipe"))
     assert layout.spec("vocab") == PartitionSpec("tensor")
     assert layout.num_devices == 8
 

@@ -1,0 +1,180 @@
+"""Sampling in a layout of its own: the policy moves there and back on the same devices.
+
+Generation leaves a pipeline idle and reads every weight once a token, so the layout that trains fastest is seldom the
+one that samples fastest (arXiv 2404.00934, section 3).
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from glm_jax.batch import Prompts
+from glm_jax.config import Config
+from glm_jax.generate import Generation, SamplingConfig, generate
+from glm_jax.model import CausalLM, init_model
+from glm_jax.weights import kept_layout, restack
+from sharding.errors import UserError
+from sharding.layout import MESH_AXES, Layout
+from sharding.pipeline import IDLE, layer_slots
+
+
+class Move(NamedTuple):
+    """What a change of layout cost."""
+
+    num_bytes: int  # that devices received from others, all devices together
+    seconds: float
+
+
+NO_MOVE = Move(0, 0.0)
+
+
+class Sampler:
+    """Draws answers: policies, prompts and answers are laid out for training, what happens inside is not.
+
+    `generation` may be any layout of as many devices; None: the training layout without its pipeline. Its `pipe` axis
+    carries batch. Raises UserError where it does not fit the model or the devices.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sampling: SamplingConfig,
+        stop_ids: tuple[int, ...],
+        layout: Layout,
+        generation: Layout | None = None,
+    ) -> None:
+        self.training = layout
+        self.generation = (generation or layout).for_generation()
+        if self.generation.num_devices != layout.num_devices:
+            raise UserError(
+                f"the generation layout has {self.generation.num_devices} devices, training {layout.num_devices}: "
+                f"both use the same ones"
+            )
+        config.check(self.generation)
+        self._training_mesh = jax.sharding.get_mesh()
+        self._mesh = _remeshed(self._training_mesh, self.generation)
+        self._enter = _mover(config, layout, self.generation, self._mesh)
+        self._leave = _mover(config, self.generation, layout, self._training_mesh)
+        draw = partial(generate, sampling=sampling, stop_ids=stop_ids, layout=self.generation)
+        self._draw = jax.jit(draw)
+
+    def __call__(self, policy: CausalLM, prompts: Prompts, key: jax.Array) -> Generation:
+        """Answers of a policy that stays where it is; a copy of it moves."""
+        return self.draw(self.enter(policy), prompts, key)
+
+    def enter(self, policy: CausalLM) -> CausalLM:
+        """A copy of the policy in the generation layout; the policy itself if both layouts split it alike."""
+        return self._enter(policy) if self._enter else policy
+
+    @contextmanager
+    def lend(self, policy: CausalLM) -> Iterator["Loan"]:
+        """The policy in the generation layout, and no second copy of it: the training one is freed and made again.
+
+        Afterwards `Loan.policy` is the policy in the training layout, bit for bit.
+        """
+        loan = Loan(policy)
+        loan.policy, loan.there = _timed(self._enter, self.training, self.generation, policy)
+        yield loan
+        loan.policy, loan.back = _timed(self._leave, self.generation, self.training, loan.policy)
+
+    def draw(self, policy: CausalLM, prompts: Prompts, key: jax.Array) -> Generation:
+        """Answers of a policy that is in the generation layout already."""
+
+        def rows(x: jax.Array, layout: Layout, mesh: Mesh) -> jax.Array:
+            spec = layout.spec("batch", *[None] * (x.ndim - 1))
+            return jax.device_put(x, NamedSharding(mesh, spec))
+
+        prompts = jax.tree.map(lambda x: rows(x, self.generation, self._mesh), prompts)
+        key = jax.device_put(key, NamedSharding(self._mesh, PartitionSpec()))
+        with jax.set_mesh(self._mesh):
+            answers = self._draw(policy, prompts, key)
+        return jax.tree.map(lambda x: rows(x, self.training, self._training_mesh), answers)
+
+
+class Loan:
+    """A policy on its way to the generation layout and back."""
+
+    def __init__(self, policy: CausalLM) -> None:
+        self.policy = policy
+        self.there = self.back = NO_MOVE
+
+    @property
+    def cost(self) -> Move:
+        """Of both ways."""
+        return Move(
+            self.there.num_bytes + self.back.num_bytes, self.there.seconds + self.back.seconds
+        )
+
+
+Program = Callable[[CausalLM], CausalLM]
+
+
+def _remeshed(mesh: Mesh, layout: Layout) -> Mesh:
+    """The same devices in the same order with the sizes of `layout`."""
+    shape = tuple(layout.sizes.values())
+    if mesh.devices.shape == shape:
+        return mesh
+    explicit = (AxisType.Explicit,) * len(MESH_AXES)
+    return Mesh(mesh.devices.reshape(shape), MESH_AXES, axis_types=explicit)
+
+
+def _shapes(config: Config, layout: Layout, mesh: Mesh) -> CausalLM:
+    with jax.set_mesh(mesh):
+        return jax.eval_shape(partial(init_model, config, layout), jax.random.key(0))
+
+
+def _mover(config: Config, source: Layout, target: Layout, mesh: Mesh) -> Program | None:
+    """The jitted program that moves a model; None where both layouts split it alike."""
+    like = _shapes(config, target, mesh)
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), like)
+    if source.sizes == target.sizes:
+        if jax.tree.leaves(like) == jax.tree.leaves(_shapes(config, source, mesh)):
+            return None
+        return jax.jit(partial(restack, source=source, target=target))
+    # layers and vocabulary are cut on the old mesh, what is left is to bring pieces to other devices
+    between = kept_layout(source, config)
+    move = partial(restack, source=source, target=target, place=between)
+    return jax.jit(move, out_shardings=shardings)
+
+
+def _timed(
+    program: Program | None, source: Layout, target: Layout, model: CausalLM
+) -> tuple[CausalLM, Move]:
+    if program is None:
+        return model, NO_MOVE
+    begin = time.perf_counter()
+    moved = jax.block_until_ready(program(model))
+    seconds = time.perf_counter() - begin
+    num_bytes = moved_bytes(model, moved, source, target)
+    for leaf in jax.tree.leaves(model):
+        leaf.delete()
+    return moved, Move(num_bytes, seconds)
+
+
+def moved_bytes(old: CausalLM, new: CausalLM, source: Layout, target: Layout) -> int:
+    """Bytes of `new` that its devices did not hold in `old`, from the shardings of both."""
+    layers = old.trunk.config.num_layers
+    slots = [layer_slots(layers, layout) for layout in (source, target)]
+    total = 0
+    for (path, before), after in zip(
+        jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True
+    ):
+        stacked = ".blocks." in jax.tree_util.keystr(path)
+        had = before.sharding.devices_indices_map(before.shape)
+        for device, index in after.sharding.devices_indices_map(after.shape).items():
+            count, common = 1, 1
+            if stacked:
+                needed = set(slots[1][index[:2]].flat) - {IDLE}
+                count, common = len(needed), len(needed & set(slots[0][had[device][:2]].flat))
+            dims = list(zip(had[device], before.shape, index, after.shape, strict=True))
+            for old_part, old_size, part, size in dims[2 if stacked else 0 :]:
+                (first, last, _), (start, stop, _) = old_part.indices(old_size), part.indices(size)
+                count *= stop - start
+                common *= max(0, min(last, stop) - max(first, start))
+            total += (count - common) * after.dtype.itemsize
+    return total

@@ -1,0 +1,40 @@
+"""Rematerialisation: what a layer keeps of its forward pass, and what its gradient computes again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from sharding.errors import UserError
+from sharding.layout import Remat
+
+
+def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """`layer`, the body of a scan over layers, keeping only what `remat` says (Chen et al. 2016).
+
+    none: everything. full: its inputs. matmuls: its inputs and the results of products with weights, not of those
+    inside attention. offload: these, in the host's memory. The numbers stay the same. Raises UserError where the
+    device cannot reach the host's memory.
+    """
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    if remat == "full":
+        policy = policies.nothing_saveable
+    elif remat == "matmuls":
+        policy = policies.dots_with_no_batch_dims_saveable
+    else:
+        _check_host_memory()
+        policy = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    # within a scan the compiler cannot merge the second computation with the first
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _check_host_memory() -> None:
+    device = jax.devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if "pinned_host" not in kinds:
+        raise UserError(
+            f"remat offload: a {device.device_kind} has no pinned host memory ({', '.join(kinds)}): "
+            f"choose another remat"
+        )

@@ -1,0 +1,113 @@
+"""What compiled updates may do: read from the programs, not timed."""
+
+import dataclasses
+import functools
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from glm_jax.batch import Sequences
+from glm_jax.config import PRESETS, Config, GLMConfig
+from glm_jax.model import init_model
+from glm_jax.optim import OptimConfig, make_optimizer
+from glm_jax.train import init_state
+from rlhf.sft import sft_update
+from rlhf.trials import tiny
+from sharding.cost import count_collectives, loop_bodies
+from sharding.layout import Layout, get_layout
+
+CONFIG = tiny(PRESETS["chatglm3-6b"])
+SPLIT_BY_FSDP = 7  # weights of a layer: q, k, v, o, gate, up, down
+ROWS, LENGTH = 16, 12
+
+
+@functools.cache
+def _compiled(layout: Layout, config: Config = CONFIG) -> Any:
+    """The SFT update, compiled for shapes alone."""
+    optimizer = make_optimizer(OptimConfig(), 1)
+    with jax.set_mesh(layout.mesh()):
+
+        def start(key: jax.Array) -> Any:
+            return init_state(init_model(config, layout, key), optimizer)
+
+        ids = np.zeros((ROWS, LENGTH), np.int32)
+        batch = layout.put(Sequences(ids, ids > 0, ids > 0))
+        state = jax.eval_shape(start, jax.random.key(0))
+        update: Any = sft_update(optimizer, layout)
+        return update.lower(state, batch).compile()
+
+
+@pytest.mark.parametrize("name", ["dp", "tp", "dp_tp", "pp_dp_tp", "2x2x1x2:circular:2"])
+def test_nothing_is_gathered_where_weights_are_whole_or_split_by_what_they_compute(
+    name: str,
+) -> None:
+    counts = count_collectives(_compiled(get_layout(name, 8)).as_text())
+    assert counts["all-gather"] == 0, counts
+    assert counts["all-reduce"] > 0
+
+
+def test_fsdp_gathers_a_layer_once_forward_and_once_backward() -> None:
+    text = _compiled(get_layout("fsdp", 8)).as_text()
+    gathers = [count_collectives(body)["all-gather"] for body in loop_bodies(text)]
+    assert sorted(n for n in gathers if n) == [SPLIT_BY_FSDP, SPLIT_BY_FSDP]
+
+
+@pytest.mark.parametrize("name", ["single", "fsdp_tp", "pp_dp_tp"])
+def test_the_state_is_updated_in_place(name: str) -> None:
+    """Every byte of the state that goes in is a byte of the state that comes out: no second copy."""
+    layout = get_layout(name, None if name == "single" else 8)
+    memory = _compiled(layout).memory_analysis()
+    batch = ROWS * LENGTH * 6 // layout.ways("batch")
+    state = memory.argument_size_in_bytes - batch
+    assert memory.alias_size_in_bytes == state
+    assert memory.output_size_in_bytes - state < 512  # metrics
+
+
+def test_a_program_does_not_grow_with_depth() -> None:
+    def size(num_layers: int, layout: Layout) -> int:
+        config = dataclasses.replace(CONFIG, num_layers=num_layers)
+        return len(_compiled(layout, config).as_text().splitlines())
+
+    for layout in (Layout(fsdp=2, tensor=2), Layout(pipe=2, fsdp=2, microbatches=2)):
+        assert size(48, layout) < 1.02 * size(6, layout)
+
+
+def test_activations_that_are_kept_shrink_with_every_policy() -> None:
+    assert isinstance(CONFIG, GLMConfig)
+    deep = dataclasses.replace(CONFIG, num_layers=12)
+    none, matmuls, full = (
+        _compiled(Layout(remat=remat), deep).memory_analysis().temp_size_in_bytes
+        for remat in ("none", "matmuls", "full")
+    )
+    assert full < 0.8 * matmuls < 0.8 * 0.8 * none
+
+
+def test_more_microbatches_hold_less_at_once() -> None:
+    """A tick's activations shrink with the microbatch, what a stage keeps for its gradient does not grow."""
+    few, many = (
+        _compiled(Layout(pipe=2, microbatches=m, remat="full")).memory_analysis() for m in (1, 8)
+    )
+    assert many.temp_size_in_bytes < few.temp_size_in_bytes
+
+
+def test_no_stage_repeats_the_work_of_embedding_and_head() -> None:
+    """The vocabulary is split over the stages too: a device holds an eighth of the logits."""
+    layout = Layout(pipe=2, tensor=4, microbatches=2)
+    config = dataclasses.replace(CONFIG, vocab_size=4096)
+    text = _compiled(layout, config).as_text()
+    assert f"[{ROWS * LENGTH},512]" in text or f"[{ROWS},{LENGTH},512]" in text
+    assert not re.search(r"f32\[(\d+,)?\d+,4096\]", text)  # nowhere whole, not even the weights
+
+
+def test_init_is_a_program_of_its_own_layout() -> None:
+    """No device ever holds a whole weight that the layout splits."""
+    layout = get_layout("fsdp_tp", 8)
+    with jax.set_mesh(layout.mesh()):
+        draw = jax.jit(partial(init_model, CONFIG, layout))
+        memory: Any = draw.lower(jax.random.key(0)).compile().memory_analysis()
+        whole = sum(4 * w.size for w in jax.tree.leaves(jax.eval_shape(draw, jax.random.key(0))))
+    assert memory.output_size_in_bytes < whole / 3

@@ -97,7 +97,7 @@ def train(job: str, config: Config, rows: int, layout: Layout) -> Trained:
             if step == 0:
                 compiled = _num_compiled()
         recompiles = _num_compiled() - compiled
-        programs = [program.compiled() for program in setup.programs.values()]
+        programs = [p for watched in setup.programs.values() for p in watched.compiled.values()]
     return Trained(
         losses,
         gradients,

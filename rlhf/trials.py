@@ -78,25 +78,19 @@ class Job(NamedTuple):
 
 
 class Watched:
-    """A jitted program that remembers the shapes it was last called with."""
+    """A jitted program that compiles itself, so that what it compiled can be read; once for every kind of arguments."""
 
     def __init__(self, program: Any) -> None:
         self.program = program
-        self.shapes: Any = None
+        self.compiled: dict[Any, Any] = {}
 
     def __call__(self, *args: Any) -> Any:
         """Run the program."""
-        self.shapes = jax.tree.map(_shape, args)
-        return self.program(*args)
-
-    def compiled(self) -> Any:
-        """The program as compiled for these shapes."""
-        return self.program.lower(*self.shapes).compile()
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    sharding = x.sharding if isinstance(x, jax.Array) and x.committed else None
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        leaves, structure = jax.tree.flatten(args)
+        key = (structure, *((jax.typeof(x), getattr(x, "sharding", None)) for x in leaves))
+        if key not in self.compiled:
+            self.compiled[key] = self.program.lower(*args).compile()
+        return self.compiled[key](*args)
 
 
 class Remembered(NamedTuple):

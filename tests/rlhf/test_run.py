@@ -30,8 +30,12 @@ ONE = Recipe(devices=1)
             r"sft.batch_size = 30 .* multiple of 8",
         ),
         (
-            Recipe(devices=4, layout="pp_dp_tp", model=GLMConfig(64, 32, 3, 4, 2, 8, 64)),
-            r"model.num_layers = 3 does not divide over pipe 2: sizes that would work are 1",
+            Recipe(devices=8, layout="tp", model=GLMConfig(64, 32, 3, 4, 2, 8, 64)),
+            r"model.num_heads = 4 does not divide over tensor 8: sizes that would work are 1, 2, 4",
+        ),
+        (
+            dataclasses.replace(ONE, generation_layout="1x2x1x1"),
+            r"--layout 1x2x1x1: layout \(data 2\) needs 2 devices but has 1",
         ),
         (
             dataclasses.replace(ONE, data=ReviewsData(pos=Path("nowhere.txt"))),

@@ -33,6 +33,7 @@ from rlhf.heads import ScalarModel, apply_scalar, last_token, sequence_scores
 from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
+from sharding.processes import fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,13 +287,10 @@ def reference_scores(
     scores = np.full(num_prompts, np.nan, np.float32)
     for number, batch in enumerate(prompts):
         answers = sample(sft_model, layout.put(batch), jax.random.fold_in(key, number))
-        real = np.any(batch.valid, axis=1)
-        scores[batch.row[real]] = jax.device_get(score(reward, answers))[real]
-        report(
-            number + 1,
-            {"score": float(np.nanmean(scores))},
-            num_tokens(jax.device_get(answers.sequences)),
-        )
+        row = np.asarray(batch.row)
+        scores[row[row >= 0]] = fetch(score(reward, answers))[row >= 0]
+        tokens = int(num_tokens(answers.sequences))
+        report(number + 1, {"score": float(np.nanmean(scores))}, tokens)
     return scores
 
 
@@ -326,7 +324,8 @@ def train_ppo(
         sample_key, shuffle_key = jax.random.split(jax.random.fold_in(key, iteration))
         answers = sample(actor.model, layout.put(batch), sample_key)
         current = models._replace(actor=actor.model, critic=critic.model)
-        experience, metrics = experience_of(current, answers, layout.put(baseline[batch.row]))
+        references = layout.put(baseline[np.asarray(batch.row)])
+        experience, metrics = experience_of(current, answers, references)
         losses: list[Metrics] = []
         for index in _minibatches(shuffle_key, config):
             critic, critic_metrics = update_critic(critic, (experience, index))
@@ -337,8 +336,7 @@ def train_ppo(
                 merged = {**merged, **actor_metrics}
             losses.append(merged)
         means = {name: jnp.mean(jnp.stack([x[name] for x in losses])) for name in losses[0]}
-        tokens = num_tokens(jax.device_get(answers.sequences))
-        report(iteration, to_host({**metrics, **means}), tokens)
+        report(iteration, to_host({**metrics, **means}), int(num_tokens(answers.sequences)))
     return actor.model, critic.model
 
 

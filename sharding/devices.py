@@ -37,8 +37,9 @@ def device_mesh(devices: Devices, sizes: Mapping[str, int]) -> Mesh:
 
 def num_slices(devices: Devices) -> int:
     """TPU slices, between which there is only the data centre's network; 1 for other devices."""
-    # on GPUs JAX numbers something else by this name
-    return len({d.slice_index if d.platform == "tpu" else 0 for d in devices})
+    # on GPUs JAX numbers something else by this name, and described TPUs may have none
+    tpus = [d for d in devices if d.platform == "tpu" and hasattr(d, "slice_index")]
+    return len({d.slice_index for d in tpus}) or 1
 
 
 def device_grid(devices: Devices, sizes: Mapping[str, int]) -> np.ndarray:

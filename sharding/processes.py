@@ -7,6 +7,7 @@ only one of them may do - print, write a file - the first one does while the oth
 import contextlib
 import dataclasses
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -29,6 +30,9 @@ T = TypeVar("T")
 HEARTBEAT_SECONDS = 100  # without a sign of life from a process the others end
 SHUTDOWN_SECONDS = 30  # that a process which is done, or failed, waits for the others
 SEEN_SECONDS = 10  # after which a file must be visible on other hosts
+STATUS = re.compile(
+    "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
+)
 ALONE = "--num-processes 1 runs alone"
 
 
@@ -104,6 +108,8 @@ def start(processes: Processes) -> int:
             "cluster_detection_method": "deactivate",
         }
     failure: list[Exception] = []
+    # it would catch SIGTERM, for programs that ask it when to save: here a process told to end ends
+    jax.config.update("jax_enable_preemption_service", False)
 
     def connect() -> None:
         try:
@@ -297,8 +303,10 @@ def peers_explained() -> Iterator[None]:
     """An error of the runtime among several processes becomes LostPeers: mostly another one has ended."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # a program that fails while it is being dispatched raises the status as a ValueError
+        status = isinstance(error, jax.errors.JaxRuntimeError) or STATUS.match(str(error))
+        if jax.process_count() == 1 or not status:
             raise
         raise LostPeers(
             f"process {jax.process_index()} of {jax.process_count()} cannot go on "

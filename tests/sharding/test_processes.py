@@ -3,12 +3,21 @@
 import os
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from sharding.errors import UserError
+from sharding.errors import LostPeers, UserError
 from sharding.layout import use_devices
-from sharding.processes import Processes, cluster_size, fetch, on_first, start, together
+from sharding.processes import (
+    Processes,
+    cluster_size,
+    fetch,
+    on_first,
+    peers_explained,
+    start,
+    together,
+)
 
 CLUSTER = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_INDEX")
 
@@ -94,3 +103,15 @@ def test_one_process_does_everything_itself() -> None:
     with pytest.raises(UserError, match=r"^no$"):
         together(refuse)
     assert fetch({"a": jnp.arange(3)})["a"].tolist() == [0, 1, 2]
+
+
+def test_errors_of_the_runtime_are_told_from_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
+    with pytest.raises(ValueError, match="Gloo"), peers_explained():
+        raise lost  # alone it is what it is
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for error in (lost, jax.errors.JaxRuntimeError("INTERNAL: NCCL")):
+        with pytest.raises(LostPeers, match="process 0 of 2 cannot go on"), peers_explained():
+            raise error
+    with pytest.raises(ValueError, match="unknown logical axis"), peers_explained():
+        raise ValueError("unknown logical axis 'head'")

@@ -27,10 +27,11 @@ from glm_jax.hf.tensors import Source, load_weights
 from glm_jax.model import CausalLM, init_model
 from glm_jax.weights import kept_layout, restack
 from sharding import checkpoint
-from sharding.disk.directory import new_directory, write_json
+from sharding.disk.directory import write_json
 from sharding.disk.find import find_tensors
 from sharding.errors import UserError
 from sharding.layout import Layout
+from sharding.processes import is_first, shared_directory
 
 DTYPES: Mapping[str, np.dtype | None] = {
     "float32": np.dtype(np.float32),
@@ -151,14 +152,18 @@ def save_model(
     directory: Path,
     save_tokenizer: Callable[[Path], Any],
 ) -> None:
-    """Write a checkpoint of a model that lies on the current mesh as `layout` says; whole or not at all."""
+    """Write a checkpoint of a model that lies on the current mesh as `layout` says; whole or not at all.
+
+    Every process of a run must call it, with a directory that all of them share.
+    """
     flat = kept_layout(layout, model.trunk.config)
     model = jax.jit(partial(restack, source=layout, target=flat))(model)
-    with new_directory(directory, replace=True) as partial_directory:
+    with shared_directory(directory, replace=True) as partial_directory:
         checkpoint.save(partial_directory / "weights", model)
-        card.write(partial_directory)
-        (partial_directory / "hf").mkdir()
-        save_tokenizer(partial_directory / "hf")
+        if is_first():
+            card.write(partial_directory)
+            (partial_directory / "hf").mkdir()
+            save_tokenizer(partial_directory / "hf")
 
 
 def _shapes(config: Config, layout: Layout) -> CausalLM:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -114,9 +113,10 @@ def train(
 ) -> TrainState:
     """Run `num_steps` updates over `batches` of host arrays, reporting every one."""
     for step in range(1, num_steps + 1):
-        batch = next(batches)
-        state, metrics = update(state, layout.put(batch))
-        report(step, to_host(metrics), num_tokens(batch))
+        batch = layout.put(next(batches))
+        tokens = num_tokens(batch)
+        state, metrics = update(state, batch)
+        report(step, to_host(metrics), int(tokens))
     return state
 
 
@@ -125,14 +125,15 @@ def to_host(metrics: Metrics) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
-def num_tokens(batch: Any) -> int:
-    """Real tokens in all Sequences of a pytree on the host."""
+@jax.jit
+def num_tokens(batch: Any) -> jax.Array:
+    """int32 scalar, real tokens in all Sequences of a pytree on the mesh."""
 
     def is_sequences(x: Any) -> bool:
         return isinstance(x, Sequences)
 
     found = filter(is_sequences, jax.tree.leaves(batch, is_leaf=is_sequences))
-    return sum(int(np.sum(x.valid)) for x in found)
+    return sum((jnp.sum(x.valid, dtype=jnp.int32) for x in found), jnp.int32(0))
 
 
 def language_loss(

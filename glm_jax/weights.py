@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from glm_jax.config import Config
 from sharding.layout import Layout
 from sharding.pipeline import IDLE, layer_slots
+from sharding.processes import fetch
 
 Axes = tuple[str | None, ...]
 Model = TypeVar("Model", bound=nnx.Module)
@@ -173,7 +174,7 @@ def host_weights(model: nnx.Module, layout: Layout) -> dict[str, np.ndarray]:
     slots = layer_slots(config.num_layers, layout)
     order = np.argsort(slots[slots != IDLE])
     weights = {}
-    for name, leaf in named_weights(model).items():
+    for name, leaf in named_weights(fetch(model)).items():
         host = np.asarray(leaf, np.float32)
         if ".blocks." in name:
             weights[name] = host[slots != IDLE][order]

@@ -3,18 +3,23 @@
 import dataclasses
 import json
 import logging
+import os
 import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from rlhf import layout_cli, model_cli
-from sharding.errors import UserError
+from sharding.errors import LostPeers, UserError
+
+if TYPE_CHECKING:
+    from rlhf.recipe import Recipe
+    from sharding.processes import Processes
 
 DESCRIPTION = "Train the ChatGLM family with human feedback on a mesh of TPUs or GPUs, in JAX."
 
@@ -38,6 +43,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if "--debug" in args:
             traceback.print_exc()
         print("glm-jax: error:", " ".join(str(error).split()), file=sys.stderr)
+        if isinstance(error, LostPeers):  # at exit JAX would wait for them, and then abort
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         return 1
     except KeyboardInterrupt:
         print("glm-jax: interrupted; what was written so far is kept", file=sys.stderr)
@@ -71,35 +80,51 @@ def run_recipe(path: Path, options: Sequence[str]) -> None:
     Everything the run leaves behind is in `output_dir`. Raises UserError.
     """
     # here and not above: JAX and matplotlib are slow to import, and --help has no use for them
-    from rich.console import Console
-
     from rlhf.recipe import Recipe
-    from rlhf.report import samples_table, summary_table, write_report
-    from rlhf.run import check, run
-    from rlhf.runlog import RunLog, fresh_directory
-    from sharding.disk.directory import write_json
     from sharding.layout import use_devices
+    from sharding.processes import peers_explained, start
 
     config, description = load_recipe(path)
     if not isinstance(config, Recipe):
         raise UserError(
             f"{path}: config is a {type(config).__name__}: make it a rlhf.recipe.Recipe"
         )
-    recipe: Recipe = override(config, options, prog=f"glm-jax run {path}", description=description)
-    use_devices(recipe.devices)
-    check(recipe)  # before an earlier run is moved aside
+    prog = f"glm-jax run {path}"
+    recipe, processes = override(config, options, prog=prog, description=description)
+    use_devices(recipe.devices, start(processes))
+    with peers_explained():
+        _run(recipe)
+
+
+def _run(recipe: "Recipe") -> None:
+    """Every process of a run does this; only the first of them prints and writes outside of checkpoints."""
+    from rich.console import Console
+
+    from rlhf.report import samples_table, summary_table, write_report
+    from rlhf.run import check, run
+    from rlhf.runlog import RunLog, fresh_directory
+    from sharding.disk.directory import write_json
+    from sharding.processes import check_shared, is_first, on_first, same_everywhere, together
+
+    same_everywhere("the recipe", repr(recipe))
+    together(partial(check, recipe))  # before an earlier run is moved aside
     directory, console = recipe.output_dir, Console()
     tell = partial(console.print, soft_wrap=True, highlight=False, markup=False)
-    fresh_directory(directory, tell)
-    write_json(directory / "recipe.json", dataclasses.asdict(recipe))
-    with RunLog(directory, console) as log:
+    on_first(partial(fresh_directory, directory, tell))
+    check_shared(directory, "output_dir")
+    on_first(lambda: write_json(directory / "recipe.json", dataclasses.asdict(recipe)))
+    with RunLog(directory if is_first() else None, console) as log:
         summary = run(recipe, log)
-    report = write_report(directory)
-    console.print(summary_table(summary))
-    samples = directory / "samples.json"
-    if samples.exists():
-        console.print(samples_table(json.loads(samples.read_text(encoding="utf-8"))))
-    tell(f"report: {report}")
+
+    def conclude() -> None:
+        report = write_report(directory)
+        console.print(summary_table(summary))
+        samples = directory / "samples.json"
+        if samples.exists():
+            console.print(samples_table(json.loads(samples.read_text(encoding="utf-8"))))
+        tell(f"report: {report}")
+
+    on_first(conclude)
 
 
 def load_recipe(path: Path) -> tuple[Any, str]:
@@ -125,30 +150,37 @@ def load_recipe(path: Path) -> tuple[Any, str]:
     return names["config"], names["__doc__"] or ""
 
 
-def override(config: Any, options: Sequence[str], prog: str, description: str) -> Any:
+def override(
+    config: Any, options: Sequence[str], prog: str, description: str
+) -> "tuple[Any, Processes]":
     """`config`, a dataclass, with the fields that `options` name (`--ppo.kl-weight 0.1`) replaced.
 
+    The second is what `options` say of the processes of a run: no field, for each process has its own number.
     Prints the help of every field and exits with 0 on --help; a field that does not exist exits with 2 and
     names the nearest ones.
     """
+    from sharding.processes import Processes
+
     debug = tyro.conf.arg(help="Show the traceback of an error.")
+    bare = tyro.conf.arg(name="")
     parser = dataclasses.make_dataclass(
         "Options",
         [
-            ("config", Annotated[type(config), tyro.conf.arg(name="")]),
+            ("config", Annotated[type(config), bare]),
+            ("processes", tyro.conf.FlagCreatePairsOff[Annotated[Processes, bare]]),
             ("debug", tyro.conf.FlagCreatePairsOff[Annotated[bool, debug]]),
         ],
     )
     parsed: Any = tyro.cli(
         parser,
-        default=parser(config=config, debug=False),
+        default=parser(config=config, processes=Processes(), debug=False),
         prog=prog,
         description=description,
         args=list(options),
         # a field that may hold one of several dataclasses keeps the one that the recipe chose
         config=(tyro.conf.AvoidSubcommands,),
     )
-    return parsed.config
+    return parsed.config, parsed.processes
 
 
 if __name__ == "__main__":

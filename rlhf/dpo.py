@@ -33,6 +33,7 @@ from rlhf.reward import interleave, num_pairs
 from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
+from sharding.processes import fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,15 +160,15 @@ def sample_pairs(
         on_mesh = layout.put(batch)
         keys = jax.random.split(jax.random.fold_in(key, number), config.samples)
         drawn = [sample(policy, on_mesh, k) for k in keys]
-        labels = jax.device_get([label(policy, reward, answers) for answers in drawn])
+        labels = fetch([label(policy, reward, answers) for answers in drawn])
         scores, logp = (np.stack(x) for x in zip(*labels, strict=True))
-        scores = np.where(
-            np.any(batch.valid, axis=1), scores, 0.0
-        )  # rows that fill the batch drop out
-        answers = jax.device_get([answers.sequences for answers in drawn])
+        # rows that fill the batch drop out
+        scores = np.where(np.asarray(batch.row) >= 0, scores, 0.0)
+        answers = fetch([answers.sequences for answers in drawn])
         collected.append(best_and_worst(answers, scores, logp))
         spread = float(np.mean(scores.max(axis=0) - scores.min(axis=0)))
-        report(number + 1, {"score": float(np.mean(scores)), "spread": spread}, num_tokens(answers))
+        tokens = int(num_tokens([answers.sequences for answers in drawn]))
+        report(number + 1, {"score": float(np.mean(scores)), "spread": spread}, tokens)
     pairs: LabelledPairs = jax.tree.map(lambda *x: np.concatenate(x), *collected)
     if not len(pairs.ref_logp):
         raise UserError(

@@ -16,6 +16,7 @@ from glm_jax.sampler import Sampler
 from glm_jax.tokenizers import Tokenizer
 from sharding.errors import UserError
 from sharding.layout import Layout
+from sharding.processes import fetch
 
 Judge = Callable[[str], float]  # text -> [0, 1], 1 is best
 
@@ -105,8 +106,8 @@ def answer(
     lengths: list[int] = []
     for number, batch in enumerate(batches):
         drawn = sample(model, layout.put(batch), jax.random.fold_in(key, number))
-        sequences = jax.device_get(drawn.sequences)
-        for row in np.flatnonzero(np.any(batch.valid, axis=1)):
+        sequences = fetch(drawn.sequences)
+        for row in np.flatnonzero(np.asarray(batch.row) >= 0):
             ids = sequences.ids[row][sequences.target[row]]
             texts.append(tokenizer.decode_answer(ids.tolist()))
             lengths.append(len(ids))

@@ -39,6 +39,7 @@ from rlhf.heads import ScalarModel, apply_scalar, sequence_scores
 from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
+from sharding.processes import fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,13 +232,10 @@ def reference_scores(
     scores = np.full(num_prompts, np.nan, np.float32)
     for number, batch in enumerate(prompts):
         answers = sample(sft_model, layout.put(batch), jax.random.fold_in(key, number))
-        real = np.any(batch.valid, axis=1)
-        scores[batch.row[real]] = jax.device_get(score(reward, answers))[real]
-        report(
-            number + 1,
-            {"score": float(np.nanmean(scores))},
-            num_tokens(jax.device_get(answers.sequences)),
-        )
+        row = np.asarray(batch.row)
+        scores[row[row >= 0]] = fetch(score(reward, answers))[row >= 0]
+        tokens = int(num_tokens(answers.sequences))
+        report(number + 1, {"score": float(np.nanmean(scores))}, tokens)
     return scores
 
 
@@ -294,7 +292,7 @@ class Iteration:
                 merged = {**merged, **actor_metrics}
             losses.append(merged)
         means = {name: jnp.mean(jnp.stack([x[name] for x in losses])) for name in losses[0]}
-        tokens = num_tokens(jax.device_get(answers.sequences))
+        tokens = int(num_tokens(answers.sequences))
         figures = to_host({**metrics, **means})
         if loan.cost.num_bytes:
             figures |= {"reshard_gb": loan.cost.num_bytes / 1e9, "reshard_s": loan.cost.seconds}
@@ -352,7 +350,7 @@ def train_ppo(
     )
     for number in range(1, config.iterations + 1):
         batch = next(prompts)
-        inputs = Inputs(batch, baseline[batch.row], sft_batches)
+        inputs = Inputs(batch, baseline[np.asarray(batch.row)], sft_batches)
         learns = number > config.critic_warmup
         learners, metrics, tokens = iterate(
             learners, models, inputs, jax.random.fold_in(key, number), learns

@@ -128,6 +128,8 @@ def _facts(summary: Summary) -> Iterable[tuple[str, str]]:
         )
         devices = summary.get("devices", 1)
         on = f"{devices} device{'' if devices == 1 else 's'}"
+        if (processes := summary.get("processes", 1)) > 1:
+            on += f" of {processes} processes"
         yield "Layout", f"{summary['layout']} on {on}{f' ({mesh})' if mesh else ''}"
     if "seed" in summary:
         yield "Seed", str(summary["seed"])

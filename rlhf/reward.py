@@ -17,6 +17,7 @@ from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.train import Report, Update, init_state, make_update, train
 from rlhf.heads import ScalarModel, sequence_scores
 from sharding.layout import Layout
+from sharding.processes import fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +106,18 @@ def evaluate_reward(
 
     Rows without a valid token fill the last batch and do not count. Equal scores count one half.
     """
-    score = jax.jit(partial(pair_scores, layout=layout))
+
+    @jax.jit
+    def gaps(model: ScalarModel, pairs: Pairs) -> tuple[jax.Array, jax.Array, jax.Array]:
+        chosen, rejected = pair_scores(model, pairs, layout)
+        longer = jnp.sum(pairs.chosen.target, axis=1) - jnp.sum(pairs.rejected.target, axis=1)
+        return chosen - rejected, longer, jnp.any(pairs.chosen.valid, axis=1)
+
     margins, length_gaps = [], []
     for pairs in batches:
-        real = np.any(pairs.chosen.valid, axis=1)
-        chosen, rejected = jax.device_get(score(model, layout.put(pairs)))
-        margins.append((chosen - rejected)[real])
-        gap = np.sum(pairs.chosen.target, axis=1) - np.sum(pairs.rejected.target, axis=1)
-        length_gaps.append(gap[real])
+        margin, longer, real = fetch(gaps(model, layout.put(pairs)))
+        margins.append(margin[real])
+        length_gaps.append(longer[real])
     accuracy, length_only = (
         float(np.mean((np.sign(np.concatenate(x)) + 1) / 2)) for x in (margins, length_gaps)
     )

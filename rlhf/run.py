@@ -40,6 +40,7 @@ from sharding import checkpoint
 from sharding.disk.directory import write_json
 from sharding.errors import UserError
 from sharding.layout import Layout, get_layout
+from sharding.processes import on_first, together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ class _Run:
         self.generation = generation
         self.log = log
         self.directory = recipe.output_dir
-        self.judge = load_judge(recipe.evaluate.judge)
+        self.judge = together(partial(load_judge, recipe.evaluate.judge))
 
     def key(self, purpose: str) -> jax.Array:
         """A random stream of its own for each purpose."""
@@ -118,26 +119,26 @@ class _Run:
     def run(self) -> dict[str, Any]:
         recipe, log = self.recipe, self.log
         with log.stage("data"):
-            splits = prepare(recipe.data, self.directory / "data")
-            self.tokenizer = self.load_tokenizer(splits)
-            self.data = tokenized(splits, self.tokenizer, recipe)
+            splits = self.prepare()
+            self.tokenizer = together(partial(self.load_tokenizer, splits))
+            self.data = together(partial(tokenized, splits, self.tokenizer, recipe))
         self.note_left_out(splits)
         with log.stage("model"):
-            model = self.load_model()
+            model = together(self.load_model)
         self.samplers = self.make_samplers(model.trunk.config)
         sft = self.train_sft(model)
         reward, reward_summary = self.train_reward(sft)
         ppo, ppo_summary = self.train_ppo(sft, reward)
         dpo = self.train_dpo(sft, reward)
         with log.stage("export"):
-            checkpoints = self.directory / "checkpoints"
-            export_hf(checkpoints / "ppo", self.directory / "hf", None, "keep", None, log.note)
+            on_first(self.export)
         policies, samples = self.evaluate({"sft": sft, "ppo": ppo, "dpo": dpo})
         policies["ppo"] |= ppo_summary
         summary = {
             "seed": recipe.seed,
             "layout": recipe.layout,
             "devices": self.layout.num_devices,
+            "processes": jax.process_count(),
             "mesh": self.layout.sizes,
             "parameters": sum(x.size for x in jax.tree.leaves(sft)),
             "reward_model": reward_summary,
@@ -145,9 +146,20 @@ class _Run:
             "wall_s": log.wall_s,
             "tokens_per_s": log.tokens_per_s,
         }
-        write_json(self.directory / "samples.json", samples)
-        write_json(self.directory / "summary.json", summary)
+        on_first(lambda: write_json(self.directory / "samples.json", samples))
+        on_first(lambda: write_json(self.directory / "summary.json", summary))
         return summary
+
+    def prepare(self) -> Splits:
+        """The data, which the first process writes and then all read."""
+        work = partial(prepare, self.recipe.data, self.directory / "data")
+        written = on_first(work)
+        return together(lambda: written or work())
+
+    def export(self) -> None:
+        """The PPO policy as a Hugging Face directory."""
+        policy = self.directory / "checkpoints" / "ppo"
+        export_hf(policy, self.directory / "hf", None, "keep", None, self.log.note)
 
     def note_left_out(self, splits: Splits) -> None:
         """Say how many training examples were too long."""

@@ -142,15 +142,18 @@ class RunLog:
         tokens_per_s: stage -> tokens/s of its steps, the first one (which compiles) left out.
     """
 
-    def __init__(self, output_dir: Path, console: Console | None = None) -> None:
-        self.output_dir = output_dir
-        self.console = Console() if console is None else console
+    def __init__(self, output_dir: Path | None, console: Console | None = None) -> None:
+        """`output_dir` None: nothing is written or printed, as becomes a process that is not the first."""
+        silent = output_dir is None
+        self.console = Console(quiet=silent) if silent or console is None else console
         self.wall_s: dict[str, float] = {}
         self.tokens_per_s: dict[str, float] = {}
         self._begin = time.monotonic()
         # line-buffered: a run that is killed keeps every step it made
-        self._metrics = (output_dir / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
-        self._events = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), flush_secs=10)
+        metrics = Path(os.devnull) if output_dir is None else output_dir / METRICS_FILE
+        self._metrics = metrics.open("a", buffering=1, encoding="utf-8")
+        events = "" if output_dir is None else str(output_dir / TENSORBOARD_FOLDER)
+        self._events = SummaryWriter(events, flush_secs=10, write_to_disk=not silent)
 
     def __enter__(self) -> "RunLog":
         return self

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sharding.devices import device_mesh
 from sharding.errors import UserError
 
 # pipe: pipeline stages; data: replicas, the only axis meant to cross a slow network; fsdp: shards of batch and
@@ -145,24 +145,29 @@ class Layout:
         return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
     def mesh(self, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-        """The mesh over `devices` (default: the first ones of the platform). Raises UserError if too few exist."""
+        """The mesh over `devices` (default: the first ones of the platform, those of all processes).
+
+        Raises UserError if too few exist, or if some of several processes would stand idle.
+        """
         available = jax.devices() if devices is None else devices
         if self.num_devices > len(available):
             raise UserError(
                 f"the layout asks for {self.num_devices} devices but {len(available)} exist here: "
                 f"lower --devices or choose another --layout"
             )
-        return jax.make_mesh(
-            tuple(self.sizes.values()), MESH_AXES, devices=available[: self.num_devices]
-        )
+        return device_mesh(available, self.sizes)
 
     def put(self, tree: Any) -> Any:
-        """Host arrays onto the current mesh, split along their leading "batch" dimension."""
+        """Host arrays onto the current mesh, split along their leading "batch" dimension.
+
+        Of each array - or whatever has a shape and answers x[slices] - a process asks for the shards of its own
+        devices alone, so that what it does not hold need not be in its memory.
+        """
         mesh = jax.sharding.get_mesh()
 
-        def place(x: np.ndarray) -> jax.Array:
-            spec = self.spec("batch", *[None] * (np.ndim(x) - 1))
-            return jax.device_put(x, NamedSharding(mesh, spec))
+        def place(x: Any) -> jax.Array:
+            spec = self.spec("batch", *[None] * (len(x.shape) - 1))
+            return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), x.__getitem__)
 
         return jax.tree.map(place, tree)
 
@@ -269,17 +274,22 @@ def factorisations(num_devices: int) -> Iterator[Layout]:
                     yield Layout(pipe, data, fsdp, tensor, microbatches=pipe, repeats=2)
 
 
-def use_devices(count: int | None) -> None:
-    """Simulate `count` devices where JAX runs on CPU; None leaves what the platform has.
+def use_devices(count: int | None, processes: int = 1) -> None:
+    """Simulate `count` devices in all `processes` where JAX runs on CPU; None leaves what the platform has.
 
-    Raises UserError where `count` is not positive, or where JAX has already counted its devices.
+    Raises UserError where `count` is not positive or does not divide over the processes, or where JAX has already
+    counted its devices.
     """
     if count is None or count == jax.config.values["jax_num_cpu_devices"]:
         return
     if count < 1:
         raise UserError(f"--devices {count}: give a positive number")
+    if count % processes:
+        raise UserError(
+            f"--devices {count} does not divide over {processes} processes: it counts those of all of them"
+        )
     try:
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", count // processes)
     except RuntimeError as error:
         raise UserError(
             f"--devices {count}: JAX has counted its devices already (a recipe must not use it while it is read)"

@@ -193,7 +193,7 @@ BUFFERS = re.compile(
 def weight_shapes(config: Config) -> Mapping[str, Shape]:
     """Weight path -> shape, of one layer for those of the blocks."""
     layout = Layout()
-    with jax.set_mesh(layout.mesh()):
+    with jax.set_mesh(layout.mesh(jax.local_devices())):  # one process may ask alone
         model = jax.eval_shape(partial(init_model, config, layout), jax.random.key(0))
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):

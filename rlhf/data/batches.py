@@ -3,6 +3,9 @@
 A table is tokenised and padded once, in memory (6 bytes a token, 12,000 reviews of 80 tokens:
 6 MiB). A batch is then a row lookup of microseconds, no worker process is needed, and a record
 that does not fit is found before the first step and not hours into a run.
+
+The fields of a batch are `Picked`: which rows stand where, the same in every process of a run. `Layout.put` looks up
+those that a process has devices for.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +21,35 @@ from rlhf.data.records import Example, Preference, Prompt, prompt_text
 from sharding.errors import UserError
 
 Rows = TypeVar("Rows", bound=tuple[Any, ...])  # any NamedTuple of arrays [N, ...], or of such
+
+
+class Picked:
+    """Rows `index` of a table, -1 standing for a row of `padding`; looked up when asked for, as in x[slices].
+
+    NumPy takes it for an array, and then looks up all.
+    """
+
+    def __init__(self, table: np.ndarray, index: np.ndarray, padding: int = 0) -> None:
+        self._table = table
+        self._index = index
+        self.padding = padding
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all rows together."""
+        return (len(self._index), *self._table.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, where: tuple[Any, ...]) -> np.ndarray:
+        index = self._index[where[0]]
+        rows = self._table[(index, *where[1:])]  # a copy, hence ours to change
+        rows[index < 0] = self.padding
+        return rows
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[slice(None),].astype(dtype or self._table.dtype, copy=False)
 
 
 def sft_rows(records: Sequence[Example], tokenizer: Tokenizer, length: int) -> Sequences:
@@ -87,7 +119,6 @@ def shuffled(rows: Rows, batch_size: int, seed: int) -> grain.DatasetIterator[Ro
     A batch may straddle two epochs, so all are full and no row is dropped. `get_state()` is a small
     JSON-able dict; `set_state` on a new iterator of the same arguments goes on with the next batch.
     """
-    # Several hosts: each takes its share of the order, here [jax.process_index()::process_count()].
     order = grain.MapDataset.range(_num_rows(rows)).seed(seed).shuffle().repeat()
     batches = order.batch(batch_size, batch_fn=np.asarray).map(lambda index: _take(rows, index))
     # Threads would cost more than the row lookup that they take over.
@@ -101,8 +132,8 @@ def in_order(rows: Rows, batch_size: int) -> Iterator[Rows]:
     """
     count = _num_rows(rows)
     for start in range(0, count, batch_size):
-        batch = _take(rows, np.arange(start, min(start + batch_size, count)))
-        yield _fill(batch, batch_size)
+        index = np.arange(start, start + batch_size)
+        yield _take(rows, np.where(index < count, index, -1))
 
 
 def _num_rows(rows: Rows) -> int:
@@ -110,21 +141,10 @@ def _num_rows(rows: Rows) -> int:
 
 
 def _take(rows: Rows, index: np.ndarray) -> Rows:
-    taken: Rows = jax.tree.map(lambda array: array[index], rows)
+    taken: Rows = jax.tree.map(lambda table: Picked(table, index), rows)
+    if isinstance(taken, Prompts):  # a row of padding is no row of the table
+        taken.row.padding = -1
     return taken
-
-
-def _fill(batch: Rows, batch_size: int) -> Rows:
-    """Append all-padding rows up to `batch_size`."""
-    missing = batch_size - _num_rows(batch)
-
-    def fill(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-
-    filled: Rows = jax.tree.map(fill, batch)
-    if isinstance(filled, Prompts):
-        filled.row[len(filled.row) - missing :] = -1
-    return filled
 
 
 def _require_some(table: str, count: int, length: int) -> None:

@@ -188,7 +188,7 @@ def test_a_field_of_several_types_keeps_the_recipes_choice(tmp_path: Path) -> No
     )
     config, description = load_recipe(write_recipe(tmp_path, text))
     assert description == "What this recipe is for."
-    changed = override(config, ["--data.sft", "d"], prog="glm-jax", description="")
+    changed, _ = override(config, ["--data.sft", "d"], prog="glm-jax", description="")
     assert changed.data.sft == Path("d")
     assert changed.data.preferences == Path("b")
     assert type(changed) is Recipe

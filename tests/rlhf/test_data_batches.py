@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
@@ -14,7 +15,14 @@ from rlhf.data.records import Example, Preference, Prompt, user_turn
 from sharding.errors import UserError
 
 LENGTH, PROMPT_LENGTH, BATCH = 32, 14, 4
+Batch = TypeVar("Batch")
 WORDS = ("灯光", "毛巾", "窗帘", "走廊", "电梯", "书桌", "花园", "楼梯", "地毯", "浴室", "阳台")
+
+
+def whole(batch: Batch) -> Batch:
+    """All rows of a batch, looked up."""
+    looked_up: Batch = jax.tree.map(np.asarray, batch)
+    return looked_up
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +94,7 @@ def test_prompts_end_in_the_last_column(prompts: Prompts, tokenizer: ChatGLM3Tok
 
 def test_every_row_comes_once_an_epoch_in_a_new_order(prompts: Prompts) -> None:
     batches = shuffled(prompts, BATCH, seed=3)
-    taken = [next(batches) for _ in range(11)]  # four epochs of 11 rows
+    taken = [whole(next(batches)) for _ in range(11)]  # four epochs of 11 rows
     assert all(
         isinstance(batch, Prompts) and batch.ids.shape == (BATCH, PROMPT_LENGTH) for batch in taken
     )
@@ -96,9 +104,9 @@ def test_every_row_comes_once_an_epoch_in_a_new_order(prompts: Prompts) -> None:
     for batch in taken:
         assert (batch.ids == prompts.ids[batch.row]).all()
     again = shuffled(prompts, BATCH, seed=3)
-    assert all((next(again).row == batch.row).all() for batch in taken)
+    assert all((whole(next(again)).row == batch.row).all() for batch in taken)
     other = shuffled(prompts, BATCH, seed=4)
-    assert any((next(other).row != batch.row).any() for batch in taken)
+    assert any((whole(next(other)).row != batch.row).any() for batch in taken)
 
 
 @pytest.mark.parametrize("table", ["sequences", "pairs", "prompts"])
@@ -108,14 +116,16 @@ def test_a_restored_iterator_goes_on_exactly(table: str, request: pytest.Fixture
     for _ in range(5):
         next(batches)
     state = json.dumps(batches.get_state())
-    expected = [next(batches) for _ in range(6)]
+    expected = [whole(next(batches)) for _ in range(6)]
     restored = shuffled(rows, BATCH, seed=0)
     restored.set_state(json.loads(state))
     for batch in expected:
-        resumed = next(restored)
+        resumed = whole(next(restored))
         assert type(resumed) is type(rows)
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), resumed, batch))
-    fresh = next(shuffled(rows, BATCH, seed=0))  # the state matters: a new start is elsewhere
+    fresh = whole(
+        next(shuffled(rows, BATCH, seed=0))
+    )  # the state matters: a new start is elsewhere
     assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), fresh, expected[0]))
 
 
@@ -123,17 +133,33 @@ def test_a_restored_iterator_goes_on_exactly(table: str, request: pytest.Fixture
 def test_evaluation_sees_every_row_in_order_and_fills_up_with_padding(
     prompts: Prompts, pairs: Pairs, batch_size: int
 ) -> None:
-    batches = list(in_order(prompts, batch_size))
+    batches = [whole(batch) for batch in in_order(prompts, batch_size)]
     assert all(batch.ids.shape == (batch_size, PROMPT_LENGTH) for batch in batches)
     index = np.concatenate([batch.row for batch in batches])
     missing = -11 % batch_size
     assert index.tolist() == [*range(11), *[-1] * missing]
     valid = np.concatenate([batch.valid for batch in batches])
     assert valid.any(axis=1).tolist() == [True] * 11 + [False] * missing
-    last = list(in_order(pairs, batch_size))[-1]
+    last = whole(list(in_order(pairs, batch_size))[-1])
     if missing:
         for side in (last.chosen, last.rejected):
             assert not any(array[-missing:].any() for array in side)
+
+
+def test_a_batch_looks_up_the_rows_it_is_asked_for() -> None:
+    class Watched(np.ndarray):
+        seen: ClassVar[list[int]] = []
+
+        def __getitem__(self, where: Any) -> Any:
+            if isinstance(where, tuple):
+                self.seen.extend(where[0].tolist())
+            return super().__getitem__(where)
+
+    ids = np.arange(22, dtype=np.int32).reshape(11, 2)
+    (batch,) = in_order((ids.view(Watched),), 11)
+    assert batch[0].shape == (11, 2) and not Watched.seen
+    assert batch[0][slice(4, 7), slice(0, 1)].tolist() == [[8], [10], [12]]
+    assert Watched.seen == [4, 5, 6]
 
 
 def test_a_prompt_that_is_too_long_is_named(tokenizer: ChatGLM3Tokenizer) -> None:

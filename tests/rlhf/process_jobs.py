@@ -1,0 +1,84 @@
+"""What test_processes.py starts, once a process: train some of the jobs of rlhf.trials, and write what came of it.
+
+    python process_jobs.py OUT JOB:LAYOUT,... DEVICES [--coordinator HOST:PORT --num-processes N --process-id I]
+
+OUT gets `JOB:LAYOUT.npz` with every step's losses and every trained weight, by the first process. The job
+`rows` writes `rows:LAYOUT.P.json`: the rows that process P looked up of the batch 0, 1, ... 15. In `fail` process 1
+cannot go on.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from glm_jax.batch import Sequences
+from glm_jax.config import PRESETS
+from rlhf import certify
+from rlhf.cli import override
+from rlhf.data.batches import in_order
+from rlhf.trials import tiny
+from sharding.errors import UserError
+from sharding.layout import Layout, get_layout, use_devices
+from sharding.processes import fetch, is_first, peers_explained, start, together
+
+CONFIG = tiny(PRESETS["chatglm3-6b"])
+
+
+def train(job: str, layout: Layout) -> dict[str, np.ndarray]:
+    """Losses [step] and weights, by name."""
+    trained = certify.train(job, CONFIG, 16, layout)
+    losses = {
+        f"loss {name}": np.array([step[name] for step in trained.losses])
+        for name in trained.losses[0]
+    }
+    return losses | {f"weight {name}": weight for name, weight in trained.weights.items()}
+
+
+def rows_looked_up(layout: Layout) -> list[int]:
+    """The rows of a batch of 16 that this process looks up to put it on the mesh."""
+    seen: set[int] = set()
+
+    class Watched(np.ndarray):
+        def __getitem__(self, where: Any) -> Any:
+            if isinstance(where, tuple):
+                seen.update(where[0].tolist())
+            return super().__getitem__(where)
+
+    ids = np.arange(32, dtype=np.int32).reshape(16, 2).view(Watched)
+    (batch,) = in_order(Sequences(ids, ids > 0, ids > 0), 16)
+    with jax.set_mesh(layout.mesh()):
+        on_mesh = layout.put(batch)
+        np.testing.assert_array_equal(fetch(on_mesh.ids), np.arange(32).reshape(16, 2))
+    return sorted(seen)
+
+
+def fail() -> None:
+    """What only one process runs into."""
+    if jax.process_index() == 1:
+        raise UserError("a disk is full")
+
+
+def main(out: Path, jobs: str, devices: int, options: list[str]) -> None:
+    """Join the other processes and do the jobs."""
+    _, processes = override(CONFIG, options, prog="", description="")
+    use_devices(devices, start(processes))
+    for name in jobs.split(","):
+        job, _, layout = name.partition(":")
+        if job == "rows":
+            rows = rows_looked_up(get_layout(layout, devices))
+            (out / f"{name}.{jax.process_index()}.json").write_text(json.dumps(rows))
+            continue
+        if job == "fail":
+            together(fail)
+        with peers_explained():
+            result = train(job, get_layout(layout, devices))
+        if is_first():
+            np.savez(out / f"{name}.npz", **result)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])

@@ -1,0 +1,93 @@
+"""Which device stands where, on hosts and slices that only exist here."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sharding.devices import device_grid, device_mesh, num_slices
+from sharding.errors import UserError
+from sharding.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the order of devices depends on."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    slice_index: int = 0
+    device_kind: str = "H100"
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+
+
+def hosts(count: int, each: int) -> list[Any]:
+    """GPU hosts, their devices numbered as JAX may number them: not in the order of the hosts."""
+    devices = [Device(100 * ((7 * h) % count) + d, h) for h in range(count) for d in range(each)]
+    return devices[::-1]
+
+
+def slices(count: int, hosts_each: int) -> list[Any]:
+    """TPU v4 slices of 2 x 2 chips a host."""
+    devices: list[Any] = []
+    for number in range(count):
+        for host in range(hosts_each):
+            for x in range(2):
+                for y in range(2):
+                    process = number * hosts_each + host
+                    place = (x, y, host)
+                    devices.append(Device(len(devices), process, "tpu", number, "TPU v4", place))
+    return devices
+
+
+def field(grid: np.ndarray, name: str) -> np.ndarray:
+    return np.vectorize(lambda device: getattr(device, name))(grid)
+
+
+def test_data_crosses_hosts_first_and_tensor_last() -> None:
+    layout = Layout(pipe=2, data=2, fsdp=2, tensor=2)
+    process = field(device_grid(hosts(2, 8), layout.sizes), "process_index")
+    assert process.shape == (2, 2, 2, 2)
+    assert (process == np.array([0, 1])[None, :, None, None]).all()  # data alone says which host
+    process = field(device_grid(hosts(4, 4), layout.sizes), "process_index")
+    assert (process == np.array([[0, 2], [1, 3]])[:, :, None, None]).all()  # then pipe
+    process = field(device_grid(hosts(8, 2), layout.sizes), "process_index")
+    assert (process == process[..., :1]).all()  # then fsdp; tensor stays within a host
+    assert len(np.unique(process)) == 8
+
+
+def test_every_device_has_one_place() -> None:
+    grid = device_grid(hosts(4, 4), Layout(data=4, fsdp=2, tensor=2).sizes)
+    assert len(set(grid.reshape(-1).tolist())) == 16
+
+
+def test_gpus_know_no_slices() -> None:
+    devices: list[Any] = [Device(i, i // 4, slice_index=i // 4) for i in range(8)]
+    assert num_slices(devices) == 1
+    assert device_grid(devices, Layout(fsdp=8).sizes).shape == (1, 1, 8, 1)
+
+
+def test_only_data_crosses_slices() -> None:
+    devices = slices(2, hosts_each=2)
+    assert num_slices(devices) == 2
+    where = field(device_grid(devices, Layout(data=4, fsdp=2, tensor=2).sizes), "slice_index")
+    assert where.shape == (1, 4, 2, 2)
+    assert (where == np.array([0, 0, 1, 1])[None, :, None, None]).all()
+    message = "2 TPU slices but data 1: only the data axis may cross slices"
+    with pytest.raises(UserError, match=message):
+        device_grid(devices, Layout(fsdp=16).sizes)
+
+
+def test_hosts_of_different_sizes_are_told_apart() -> None:
+    uneven = [*hosts(2, 4), *hosts(3, 2)[:2]]
+    with pytest.raises(UserError, match="4 on process 0, 4 on process 1, 2 on process 2"):
+        device_grid(uneven, Layout(data=10).sizes)
+
+
+def test_no_process_may_stand_idle() -> None:
+    message = "covers 4 of the 8 devices of 2 processes: choose a --layout that covers all"
+    with pytest.raises(UserError, match=message):
+        device_mesh(hosts(2, 4), Layout(data=4).sizes)

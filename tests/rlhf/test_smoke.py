@@ -12,8 +12,13 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 
 
-def _metrics(layout: str, devices: int, directory: Path) -> list[dict[str, Any]]:
-    options = ["--layout", layout, "--devices", str(devices), "--output-dir", str(directory)]
+EVERYTHING = (
+    "2x1x2x2:circular:4 --generation-layout 1x4x1x2 --remat full --accumulate 2 --devices 8"
+)
+
+
+def _metrics(layout: str, directory: Path) -> list[dict[str, Any]]:
+    options = ["--layout", *layout.split(), "--output-dir", str(directory)]
     subprocess.run(
         [sys.executable, "-m", "rlhf.cli", "run", "configs/demo_smoke.py", *options],
         cwd=REPOSITORY,
@@ -25,10 +30,17 @@ def _metrics(layout: str, devices: int, directory: Path) -> list[dict[str, Any]]
     return [json.loads(line) for line in lines]
 
 
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return _metrics("single --devices 1", tmp_path_factory.mktemp("single") / "run")
+
+
 @pytest.mark.slow
-def test_a_pipeline_gives_the_metrics_of_one_device(tmp_path: Path) -> None:
-    single = _metrics("single", 1, tmp_path / "single")
-    pipeline = _metrics("pp_dp_tp", 8, tmp_path / "pipeline")
+@pytest.mark.parametrize("layout", ["pp_dp_tp --devices 8", EVERYTHING])
+def test_a_pipeline_gives_the_metrics_of_one_device(
+    layout: str, single: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    pipeline = _metrics(layout, tmp_path / "pipeline")
     assert {line["stage"] for line in single} >= {"sft", "reward", "ppo", "dpo"}
     for ours, theirs in zip(pipeline, single, strict=True):
         for name, value in theirs.items():

@@ -4,6 +4,9 @@ One alphabet: B batch, T query positions, S key positions, D width, N heads, K k
 width, F ffn width, R rotary frequencies (rotated dimensions / 2).
 """
 
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,28 +14,51 @@ from jaxtyping import Array, Bool, Float
 
 from sharding.layout import Layout
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 MASKED = (
     -1e30
 )  # finite, so that a row with nothing to attend to stays finite; such rows are padding
+
+
+def remade(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`function`, of which only the inputs wait for the backward pass.
+
+    For elementwise work, whatever the layout's remat: to make it again is cheaper than to move it through memory. A
+    product at the end costs nothing twice, since no gradient asks for its result.
+    """
+    made: Callable[Arguments, Result] = jax.checkpoint(function, prevent_cse=False)
+    return made
 
 
 def rms_norm(
     x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
     """x / sqrt(mean(x^2) + eps) * scale, in float32 and only then cast (Zhang & Sennrich 2019; ChatGLM2's order)."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (normed * scale).astype(x.dtype)
+
+    @remade
+    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+        return (normed * scale).astype(x.dtype)
+
+    return norm(x, scale)
 
 
 def layer_norm(
     x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
     """(x - mean) / sqrt(variance + eps) * scale + bias, in float32 and only then cast (Ba et al. 2016)."""
-    wide = x.astype(jnp.float32)
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
-    return (normed * scale + bias).astype(x.dtype)
+
+    @remade
+    def norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+        return (normed * scale + bias).astype(x.dtype)
+
+    return norm(x, scale, bias)
 
 
 def rotary_frequencies(width: int, theta: float) -> np.ndarray:
@@ -121,8 +147,13 @@ def gated_mlp(
     inner = layout.spec("batch", "ffn")
     gate = jnp.einsum("RD,DF->RF", rows, w_gate, out_sharding=inner)
     up = jnp.einsum("RD,DF->RF", rows, w_up, out_sharding=inner)
-    hidden = jax.nn.silu(gate) * up
-    out = jnp.einsum("RF,FD->RD", hidden, w_down, out_sharding=layout.spec("batch", "embed"))
+
+    @remade
+    def down(gate: jax.Array, up: jax.Array, w: jax.Array) -> jax.Array:
+        hidden = jax.nn.silu(gate) * up
+        return jnp.einsum("RF,FD->RD", hidden, w, out_sharding=layout.spec("batch", "embed"))
+
+    out = down(gate, up, w_down)
     return jnp.reshape(out, x.shape, out_sharding=layout.spec("batch", "time", "embed"))
 
 
@@ -137,6 +168,11 @@ def mlp(
     """gelu(x W_in + b_in) W_out + b_out, with the tanh form of GELU (Hendrycks & Gimpel 2016). On rows, as above."""
     rows = jnp.reshape(x, (-1, x.shape[-1]), out_sharding=layout.spec("batch", "embed"))
     inner = jnp.einsum("RD,DF->RF", rows, w_in, out_sharding=layout.spec("batch", "ffn"))
-    hidden = jax.nn.gelu(inner + b_in, approximate=True)
-    out = jnp.einsum("RF,FD->RD", hidden, w_out, out_sharding=layout.spec("batch", "embed"))
+
+    @remade
+    def down(inner: jax.Array, b: jax.Array, w: jax.Array) -> jax.Array:
+        hidden = jax.nn.gelu(inner + b, approximate=True)
+        return jnp.einsum("RF,FD->RD", hidden, w, out_sharding=layout.spec("batch", "embed"))
+
+    out = down(inner, b_in, w_out)
     return jnp.reshape(out + b_out, x.shape, out_sharding=layout.spec("batch", "time", "embed"))

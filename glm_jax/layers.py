@@ -4,6 +4,9 @@ One alphabet: B batch, T query positions, S key positions, D width, N heads, K k
 width, F ffn width, R rotary frequencies (rotated dimensions / 2).
 """
 
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,28 +14,51 @@ from jaxtyping import Array, Bool, Float
 
 from sharding.layout import Layout
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 MASKED = (
     -1e30
 )  # finite, so that a row with nothing to attend to stays finite; such rows are padding
+
+
+def remade(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`function`, of which only the inputs wait for the backward pass.
+
+    For elementwise work, whatever the layout's remat: to make it again is cheaper than to move it through memory. A
+    product at the end costs nothing twice, since no gradient asks for its result.
+    """
+    made: Callable[Arguments, Result] = jax.checkpoint(function, prevent_cse=False)
+    return made
 
 
 def rms_norm(
     x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
     """x / sqrt(mean(x^2) + eps) * scale, in float32 and only then cast (Zhang & Sennrich 2019; ChatGLM2's order)."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (normed * scale).astype(x.dtype)
+
+    @remade
+    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+        return (normed * scale).astype(x.dtype)
+
+    return norm(x, scale)
 
 
 def layer_norm(
     x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
     """(x - mean) / sqrt(variance + eps) * scale + bias, in float32 and only then cast (Ba et al. 2016)."""
-    wide = x.astype(jnp.float32)
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
-    return (normed * scale + bias).astype(x.dtype)
+
+    @remade
+    def norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+        return (normed * scale + bias).astype(x.dtype)
+
+    return norm(x, scale, bias)
 
 
 def rotary_frequencies(width: int, theta: float) -> np.ndarray:
@@ -69,6 +95,39 @@ def rotate_halves(
     return rotated.astype(x.dtype)
 
 
+def to_heads(
+    x: Float[Array, "B T D"], w: Float[Array, "D N H"], heads: str | None, layout: Layout
+) -> Float[Array, "B T N H"]:
+    """x W for every head, `heads` the logical axis of N; on rows, as in `gated_mlp`."""
+
+    @remade
+    def project(x: jax.Array, w: jax.Array) -> jax.Array:
+        rows = jnp.reshape(x, (-1, x.shape[-1]), out_sharding=layout.spec("batch", "embed"))
+        matrix = jnp.reshape(w, (w.shape[0], -1))
+        y = jnp.einsum("RD,DM->RM", rows, matrix, out_sharding=layout.spec("batch", heads))
+        spec = layout.spec("batch", "time", heads, "head_dim")
+        return jnp.reshape(y, (*x.shape[:2], *w.shape[1:]), out_sharding=spec)
+
+    return project(x, w)
+
+
+def from_heads(
+    x: Float[Array, "B T N H"], w: Float[Array, "N H D"], layout: Layout
+) -> Float[Array, "B T D"]:
+    """The sum of x W over heads; on rows, as in `gated_mlp`."""
+
+    @remade
+    def project(x: jax.Array, w: jax.Array) -> jax.Array:
+        matrix = jnp.reshape(w, (-1, w.shape[-1]))
+        flat = layout.spec("batch", "heads")
+        rows = jnp.reshape(x, (-1, matrix.shape[0]), out_sharding=flat)
+        out = jnp.einsum("RM,MD->RD", rows, matrix, out_sharding=layout.spec("batch", "embed"))
+        spec = layout.spec("batch", "time", "embed")
+        return jnp.reshape(out, (*x.shape[:2], out.shape[-1]), out_sharding=spec)
+
+    return project(x, w)
+
+
 def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
@@ -90,19 +149,69 @@ def attention(
         k_BSKH = k_BSKH.at[:, :, index].get(out_sharding=spread)
         v_BSKH = v_BSKH.at[:, :, index].get(out_sharding=spread)
         num_groups = num_heads
-    spec = layout.spec("batch", "time", "heads", None, "head_dim")
     q_BTKGH = jnp.reshape(
         q_BTNH,
         (*q_BTNH.shape[:2], num_groups, num_heads // num_groups, head_dim),
-        out_sharding=spec,
+        out_sharding=layout.spec("batch", "time", "heads", None, "head_dim"),
     )
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).astype(jnp.float32) / head_dim**0.5
-    scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
-    weights_BKGTS = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+    out = _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS)
     return jnp.reshape(
         out, q_BTNH.shape, out_sharding=layout.spec("batch", "time", "heads", "head_dim")
     )
+
+
+@jax.custom_vjp
+def _attend(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T K G H"]:
+    """softmax(q k / sqrt(H)) v; nothing [T, S] waits for the backward pass, which makes it again (Dao et al. 2022).
+
+    Products are of [rows, columns] with B and K before them, which is the order XLA's CPU backend multiplies in, and
+    what softmax divides by is divided out of [T, H], not of [T, S].
+    """
+    return _attend_forward(q, k, v, mask)[0]
+
+
+def _attend_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    q, k, v = jnp.moveaxis(q, 1, 3), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    scores = _scores(q, k, mask)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v)
+    out = (out / total).astype(v.dtype)
+    return jnp.moveaxis(out, 3, 1), (q, k, v, mask, out, highest, total)
+
+
+def _attend_backward(
+    saved: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, mask, out, highest, total = saved
+    scale = q.shape[-1] ** 0.5
+    weights = jnp.exp(_scores(q, k, mask) - highest)  # times 1 / total, which d_out carries
+    d_out = (jnp.moveaxis(d_out, 1, 3) / total).astype(v.dtype)
+    d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", d_out, v).astype(jnp.float32)
+    # the sum of weights * d_weights over S, which softmax's derivative subtracts
+    mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_scores = jnp.where(mask[:, None, None], weights * (d_weights - mean), 0.0).astype(q.dtype)
+    d_q = jnp.moveaxis(jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k), 3, 1) / scale
+    d_k = jnp.einsum("BKGTS,BKGTH->BSKH", d_scores, q) / scale
+    d_v = jnp.einsum("BKGTS,BKGTH->BSKH", weights.astype(v.dtype), d_out)
+    return d_q, d_k, d_v, None
+
+
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """q k / sqrt(H) where the mask allows: float32 [B,K,G,T,S]."""
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k).astype(jnp.float32) / q.shape[-1] ** 0.5
+    return jnp.where(mask[:, None, None], scores, MASKED)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def gated_mlp(
@@ -121,8 +230,13 @@ def gated_mlp(
     inner = layout.spec("batch", "ffn")
     gate = jnp.einsum("RD,DF->RF", rows, w_gate, out_sharding=inner)
     up = jnp.einsum("RD,DF->RF", rows, w_up, out_sharding=inner)
-    hidden = jax.nn.silu(gate) * up
-    out = jnp.einsum("RF,FD->RD", hidden, w_down, out_sharding=layout.spec("batch", "embed"))
+
+    @remade
+    def down(gate: jax.Array, up: jax.Array, w: jax.Array) -> jax.Array:
+        hidden = jax.nn.silu(gate) * up
+        return jnp.einsum("RF,FD->RD", hidden, w, out_sharding=layout.spec("batch", "embed"))
+
+    out = down(gate, up, w_down)
     return jnp.reshape(out, x.shape, out_sharding=layout.spec("batch", "time", "embed"))
 
 
@@ -137,6 +251,11 @@ def mlp(
     """gelu(x W_in + b_in) W_out + b_out, with the tanh form of GELU (Hendrycks & Gimpel 2016). On rows, as above."""
     rows = jnp.reshape(x, (-1, x.shape[-1]), out_sharding=layout.spec("batch", "embed"))
     inner = jnp.einsum("RD,DF->RF", rows, w_in, out_sharding=layout.spec("batch", "ffn"))
-    hidden = jax.nn.gelu(inner + b_in, approximate=True)
-    out = jnp.einsum("RF,FD->RD", hidden, w_out, out_sharding=layout.spec("batch", "embed"))
+
+    @remade
+    def down(inner: jax.Array, b: jax.Array, w: jax.Array) -> jax.Array:
+        hidden = jax.nn.gelu(inner + b, approximate=True)
+        return jnp.einsum("RF,FD->RD", hidden, w, out_sharding=layout.spec("batch", "embed"))
+
+    out = down(inner, b_in, w_out)
     return jnp.reshape(out + b_out, x.shape, out_sharding=layout.spec("batch", "time", "embed"))

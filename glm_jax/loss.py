@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from glm_jax.layers import remade
+
 
 def aligned(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """Move what was computed at the position *before* a token (its logits, its value) onto the token."""
@@ -21,10 +23,16 @@ def token_logprobs(
 
     Written as a masked sum, not a gather, so that logits split over the vocabulary stay where they are.
     """
-    scaled = logits[:, :-1] / temperature
-    hit = ids[:, 1:, None] == jnp.arange(logits.shape[-1])
-    chosen = jnp.sum(jnp.where(hit, scaled, 0.0), axis=-1)
-    return jnp.pad(chosen - jax.nn.logsumexp(scaled, axis=-1), ((0, 0), (1, 0)))
+    # ids move and not logits, of which a slice is a copy
+    following = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
+
+    @remade
+    def chosen(logits: jax.Array) -> jax.Array:
+        scaled = logits / temperature
+        hit = following[:, :, None] == jnp.arange(logits.shape[-1])
+        return jnp.sum(jnp.where(hit, scaled, 0.0), axis=-1) - jax.nn.logsumexp(scaled, axis=-1)
+
+    return aligned(chosen(logits))
 
 
 def token_kl(

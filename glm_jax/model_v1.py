@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMV1Config
-from glm_jax.layers import layer_norm, mlp, rotary_frequencies, rotate_halves
+from glm_jax.layers import from_heads, layer_norm, mlp, rotary_frequencies, rotate_halves, to_heads
 from glm_jax.trunk import Attend, Places, Trunk, running_sum
 from glm_jax.weights import Draw
 from sharding.layout import Layout
@@ -93,8 +93,7 @@ class TrunkV1(Trunk):
         eps = self.config.norm_eps
         x = layer_norm(x, block.attn_norm, block.attn_norm_bias, eps)
         q, k, v = _projections(block, x, positions, layout)
-        spec = layout.spec("batch", "time", "embed")
-        attended = jnp.einsum("BTNH,NHD->BTD", attend(q, k, v), block.w_o, out_sharding=spec)
+        attended = from_heads(attend(q, k, v), block.w_o, layout)
         x = x * jnp.asarray(ALPHA, x.dtype) + attended + block.b_o
         x = layer_norm(x, block.mlp_norm, block.mlp_norm_bias, eps)
         out = mlp(x, block.w_in, block.b_in, block.w_out, block.b_out, layout)
@@ -109,10 +108,9 @@ def _projections(
     block: BlockV1, x: jax.Array, positions: Int[Array, "B T 2"], layout: Layout
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys (both rotated) and values [B,T,N,H] of normalised activations."""
-    spec = layout.spec("batch", "time", "heads", "head_dim")
 
     def project(w: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum("BTD,DNH->BTNH", x, w, out_sharding=spec) + b
+        return to_heads(x, w, "heads", layout) + b
 
     half = block.w_q.shape[-1] // 2
     frequencies = rotary_frequencies(half, 10_000.0).astype(np.float16).astype(np.float32)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMConfig
-from glm_jax.layers import gated_mlp, rms_norm, rotary_angles, rotate
+from glm_jax.layers import from_heads, gated_mlp, rms_norm, rotary_angles, rotate, to_heads
 from glm_jax.trunk import Attend, Places, Trunk, running_sum
 from glm_jax.weights import Draw, kv_axis
 from sharding.layout import Layout
@@ -55,8 +55,7 @@ class TrunkV2(Trunk):
             positions[..., 0] / config.position_scale, config.head_dim // 2, config.rope_theta
         )
         q, k, v = _projections(block, rms_norm(x, block.attn_norm, eps), angles, config, layout)
-        spec = layout.spec("batch", "time", "embed")
-        attended = jnp.einsum("BTNH,NHD->BTD", attend(q, k, v), block.w_o, out_sharding=spec)
+        attended = from_heads(attend(q, k, v), block.w_o, layout)
         if block.attn_out_norm is not None:
             attended = rms_norm(attended, block.attn_out_norm, eps)
         x = x + attended
@@ -78,8 +77,7 @@ def _projections(
     kv = kv_axis(config, layout)
 
     def project(w: jax.Array, b: jax.Array | None, heads: str | None) -> jax.Array:
-        spec = layout.spec("batch", "time", heads, "head_dim")
-        y = jnp.einsum("BTD,DNH->BTNH", x, w, out_sharding=spec)
+        y = to_heads(x, w, heads, layout)
         return y if b is None else y + b
 
     q = rotate(project(block.w_q, block.b_q, "heads"), angles)

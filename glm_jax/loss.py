@@ -6,6 +6,7 @@ before it, so a target mask selects without shifting. Column 0 has no past and h
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.layers import remade
@@ -25,11 +26,17 @@ def token_logprobs(
     """
     # ids move and not logits, of which a slice is a copy
     following = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
+    split = jax.typeof(logits).sharding.spec[
+        -1:
+    ]  # else every device compares with the whole vocabulary
+    vocabulary = jnp.arange(
+        logits.shape[-1], out_sharding=PartitionSpec(*split) if any(split) else None
+    )
 
     @remade
     def chosen(logits: jax.Array) -> jax.Array:
         scaled = logits / temperature
-        hit = following[:, :, None] == jnp.arange(logits.shape[-1])
+        hit = following[:, :, None] == vocabulary
         return jnp.sum(jnp.where(hit, scaled, 0.0), axis=-1) - jax.nn.logsumexp(scaled, axis=-1)
 
     return aligned(chosen(logits))

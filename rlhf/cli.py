@@ -100,8 +100,9 @@ def _run(recipe: "Recipe") -> None:
     """Every process of a run does this; only the first of them prints and writes outside of checkpoints."""
     from rich.console import Console
 
+    from rlhf.recipe import check
     from rlhf.report import samples_table, summary_table, write_report
-    from rlhf.run import check, run
+    from rlhf.run import run
     from rlhf.runlog import RunLog, fresh_directory
     from sharding.disk.directory import write_json
     from sharding.processes import check_shared, is_first, on_first, same_everywhere, together

@@ -1,9 +1,10 @@
-"""A recipe: every setting of a run in one frozen dataclass."""
+"""A recipe: every setting of a run in one frozen dataclass, and whether it can run on the devices there are."""
 
 import dataclasses
 from pathlib import Path
 
-from glm_jax.config import GLMConfig
+from glm_jax.checkpoint import read_shape
+from glm_jax.config import Config, GLMConfig
 from rlhf.data.jsonl.jsonl import JsonlData
 from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.dpo import DPOConfig
@@ -11,7 +12,8 @@ from rlhf.evaluate import EvaluateConfig
 from rlhf.ppo import PPOConfig
 from rlhf.reward import RewardConfig
 from rlhf.sft import SFTConfig
-from sharding.layout import Remat
+from sharding.errors import UserError
+from sharding.layout import Layout, Remat, get_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,3 +42,41 @@ class Recipe:
     ppo: PPOConfig = PPOConfig()
     dpo: DPOConfig = DPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def check(recipe: Recipe) -> tuple[Layout, Layout]:
+    """The recipe's layouts of training and generation on the devices there are.
+
+    Raises UserError, before any work, for what cannot run.
+    """
+    named = get_layout(recipe.layout, recipe.devices)
+    layout = dataclasses.replace(named, accumulate=recipe.accumulate, remat=recipe.remat)
+    layout.mesh()  # enough devices?
+    generation = layout.for_generation()
+    if recipe.generation_layout is not None:
+        generation = get_layout(recipe.generation_layout, layout.num_devices).for_generation()
+    shape = recipe.model if recipe.pretrained is None else read_shape(recipe.pretrained)
+    shape.check(layout)
+    shape.check(generation)
+    check_context(shape, "length", recipe.length)
+    for sampling in (recipe.ppo.sampling, recipe.dpo.sampling):
+        total = recipe.prompt_length + sampling.max_new_tokens + 1  # and the appended stop token
+        check_context(shape, "prompt_length + sampling.max_new_tokens + 1", total)
+    layout.check_batch(recipe.sft.batch_size, "sft.batch_size")
+    layout.check_batch(recipe.reward.batch_size, "reward.batch_size")
+    layout.check_batch(recipe.dpo.batch_size, "dpo.batch_size")
+    layout.check_batch(recipe.ppo.sft_batch_size, "ppo.sft_batch_size")
+    layout.check_batch(recipe.dpo.sft_batch_size, "dpo.sft_batch_size")
+    layout.check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
+    generation.check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
+    recipe.ppo.check(layout, generation)
+    return layout, generation
+
+
+def check_context(shape: Config, name: str, tokens: int) -> None:
+    """Raise UserError where sequences of `tokens` tokens do not fit the model's context."""
+    if tokens > shape.max_length:
+        raise UserError(
+            f"{name} = {tokens} tokens exceed the context of model.max_length = {shape.max_length}: "
+            f"shorten them or raise it"
+        )

@@ -15,7 +15,6 @@ from glm_jax.checkpoint import (
     card_of,
     companion_directory,
     load_model,
-    read_shape,
     save_model,
 )
 from glm_jax.config import Config
@@ -32,14 +31,13 @@ from rlhf.dpo import sample_pairs, train_dpo
 from rlhf.evaluate import Answers, answer, heldout_nll, load_judge, win_tie_lose
 from rlhf.heads import ScalarModel, scalar_model
 from rlhf.ppo import Models, reference_scores, train_ppo
-from rlhf.recipe import Recipe
+from rlhf.recipe import Recipe, check
 from rlhf.reward import evaluate_reward, train_reward
 from rlhf.runlog import RunLog
 from rlhf.sft import train_sft
 from sharding import checkpoint
 from sharding.disk.directory import write_json
-from sharding.errors import UserError
-from sharding.layout import Layout, get_layout
+from sharding.layout import Layout
 from sharding.processes import on_first, together
 
 
@@ -61,44 +59,6 @@ def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
     layout, generation = check(recipe)
     with jax.set_mesh(layout.mesh()):
         return _Run(recipe, layout, generation, log).run()
-
-
-def check(recipe: Recipe) -> tuple[Layout, Layout]:
-    """The recipe's layouts of training and generation on the devices there are.
-
-    Raises UserError, before any work, for what cannot run.
-    """
-    named = get_layout(recipe.layout, recipe.devices)
-    layout = dataclasses.replace(named, accumulate=recipe.accumulate, remat=recipe.remat)
-    layout.mesh()  # enough devices?
-    generation = layout.for_generation()
-    if recipe.generation_layout is not None:
-        generation = get_layout(recipe.generation_layout, layout.num_devices).for_generation()
-    shape = recipe.model if recipe.pretrained is None else read_shape(recipe.pretrained)
-    shape.check(layout)
-    shape.check(generation)
-    check_context(shape, "length", recipe.length)
-    for sampling in (recipe.ppo.sampling, recipe.dpo.sampling):
-        total = recipe.prompt_length + sampling.max_new_tokens + 1  # and the appended stop token
-        check_context(shape, "prompt_length + sampling.max_new_tokens + 1", total)
-    layout.check_batch(recipe.sft.batch_size, "sft.batch_size")
-    layout.check_batch(recipe.reward.batch_size, "reward.batch_size")
-    layout.check_batch(recipe.dpo.batch_size, "dpo.batch_size")
-    layout.check_batch(recipe.ppo.sft_batch_size, "ppo.sft_batch_size")
-    layout.check_batch(recipe.dpo.sft_batch_size, "dpo.sft_batch_size")
-    layout.check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
-    generation.check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
-    recipe.ppo.check(layout, generation)
-    return layout, generation
-
-
-def check_context(shape: Config, name: str, tokens: int) -> None:
-    """Raise UserError where sequences of `tokens` tokens do not fit the model's context."""
-    if tokens > shape.max_length:
-        raise UserError(
-            f"{name} = {tokens} tokens exceed the context of model.max_length = {shape.max_length}: "
-            f"shorten them or raise it"
-        )
 
 
 class _Run:

@@ -45,7 +45,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
             stage.step(1, {"loss": 1.5})
         return {"seed": recipe.seed, "wall_s": log.wall_s}
 
-    monkeypatch.setattr("rlhf.run.check", lambda recipe: None)
+    monkeypatch.setattr("rlhf.recipe.check", lambda recipe: None)
     monkeypatch.setattr("rlhf.run.run", run)
     return seen
 
@@ -175,7 +175,7 @@ def test_interrupted(
     def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlhf.run.check", lambda recipe: None)
+    monkeypatch.setattr("rlhf.recipe.check", lambda recipe: None)
     monkeypatch.setattr("rlhf.run.run", run)
     status, error = fail("run", str(recipe), capsys=capsys)
     assert (status, error.count("\n")) == (130, 1)
@@ -196,9 +196,9 @@ def test_a_field_of_several_types_keeps_the_recipes_choice(tmp_path: Path) -> No
 
 def test_devices_are_set_before_jax_counts_them(tmp_path: Path) -> None:
     text = (
-        "import jax, sys\nfrom pathlib import Path\nimport rlhf.run\nfrom rlhf.cli import main\n"
+        "import jax, sys\nfrom pathlib import Path\nimport rlhf.recipe, rlhf.run\nfrom rlhf.cli import main\n"
         "def run(recipe, log):\n    print('devices', len(jax.devices()))\n    return {}\n"
-        "rlhf.run.check = lambda recipe: None\nrlhf.run.run = run\nsys.exit(main())"
+        "rlhf.recipe.check = lambda recipe: None\nrlhf.run.run = run\nsys.exit(main())"
     )
     recipe = write_recipe(tmp_path, "config = Recipe()")
     options = ["--devices", "3", "--output-dir", str(tmp_path / "out")]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from rlhf import layout_cli, model_cli
+from rlhf import data_cli, layout_cli, model_cli
 from sharding.errors import LostPeers, UserError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def _commands(options: list[str]) -> tyro.extras.SubcommandApp:
 
     model_cli.add_commands(app)
     layout_cli.add_commands(app)
+    data_cli.add_commands(app)
     return app
 
 

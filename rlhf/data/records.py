@@ -1,9 +1,11 @@
-"""The three kinds of record, and the rule that holds prompts out."""
+"""The kinds of record, and the rule that holds prompts out."""
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from sharding.errors import UserError
@@ -18,12 +20,28 @@ class Example(NamedTuple):
     response: str
 
 
+class Comparison(NamedTuple):
+    """Two or more answers to one prompt, as one annotator ranked them."""
+
+    prompt: Messages
+    responses: tuple[str, ...]
+    ranks: tuple[int, ...]  # of each response, 1 the best; equal ranks are a tie
+    # criterion (helpfulness, safety, fluency, ...) -> a number a response, None where nobody said
+    labels: Mapping[str, tuple[float | None, ...]] = MappingProxyType({})
+    annotator: str = ""
+    task: str = ""  # the intent of the prompt, as the data names it
+
+
 class Preference(NamedTuple):
     """Two answers to one prompt, the first preferred by people."""
 
     prompt: Messages
     chosen: str
     rejected: str
+    weight: float = 1.0  # of the pair in a mean over pairs
+    annotator: str = ""
+    task: str = ""
+    chosen_first: bool = True  # whether the data lists the preferred answer first
 
 
 class Prompt(NamedTuple):
@@ -67,6 +85,13 @@ def prompt_text(prompt: Messages) -> str:
 def prompt_key(prompt: Messages) -> str:
     """What makes two prompts the same, whatever the order of a message's fields."""
     return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
+
+
+def same_prompt(prompt: Messages) -> str:
+    """A prompt without what does not make it another one: case, width, and where blanks stand."""
+    said = [[str(m["role"]), unicodedata.normalize("NFKC", str(m["content"]))] for m in prompt]
+    plain = [(role, " ".join(text.casefold().split())) for role, text in said]
+    return json.dumps(plain, ensure_ascii=False)
 
 
 def uniform_hash(seed: int, *parts: str) -> float:

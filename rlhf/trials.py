@@ -33,7 +33,7 @@ from sharding.layout import Layout
 VOCAB, LENGTH, PROMPT, ANSWER = 61, 12, 6, 6
 STOP_IDS = (2, 7)
 # AdamW's usual eps makes whole steps of gradients that are 0 but for rounding
-OPTIM = OptimConfig(learning_rate=1e-2, warmup_fraction=0.0, eps=1e-3)
+OPTIM = OptimConfig(learning_rate=5e-3, warmup_fraction=0.0, eps=1e-3)
 
 
 def tiny(config: Config) -> Config:

@@ -13,7 +13,6 @@ from rlhf.data.mistakes import OnMistake, Tally, write_line
 
 if TYPE_CHECKING:  # slow to import, and --help has no use for them
     from rlhf.data.filters import Selection
-    from rlhf.data.pairs import CountTokens
     from rlhf.data.stats import Stats
 
 Job = Callable[[], int | None]
@@ -88,13 +87,8 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
         return partial(_convert, files, out, form, mistakes)
 
 
-def _counter(tokenizer: Path | None) -> "tuple[CountTokens, str]":
-    if tokenizer is None:
-        return len, "characters"
-    from glm_jax.tokenizers import load_tokenizer
-
-    encode = load_tokenizer(tokenizer).encode
-    return (lambda text: len(encode(text))), "tokens"
+def _unit(tokenizer: Path | None) -> str:
+    return "characters" if tokenizer is None else "tokens"
 
 
 @contextmanager
@@ -136,14 +130,14 @@ def _stats(
 ) -> None:
     from rich.console import Console
 
+    from rlhf.data.pairs import length_in
     from rlhf.data.reading import read_records
     from rlhf.data.stats import statistics
     from sharding.disk.directory import write_json
 
     _check_form(form)
-    count, unit = _counter(tokenizer)
     with _tallied(mistakes) as tally:
-        found = statistics(read_records(files, tally, form), count, unit)
+        found = statistics(read_records(files, tally, form), length_in(tokenizer), _unit(tokenizer))
     console = Console(soft_wrap=True, highlight=False)
     for table in _tables(found):
         console.print(table)
@@ -214,17 +208,18 @@ def _filter(
     from rlhf.data.balance_plot import draw_balance
     from rlhf.data.filters import kept, select, survey
     from rlhf.data.forms.ours import pair_line
+    from rlhf.data.pairs import length_in
     from rlhf.data.reading import read_records
     from sharding.disk.directory import new_directory, write_json
 
     _check_form(form)
-    count, unit = _counter(tokenizer)
+    unit = _unit(tokenizer)
     with new_directory(out) as directory:
         with (
             (directory / "skipped.jsonl").open("w", encoding="utf-8") as skipped,
             _tallied(mistakes, skipped) as tally,
         ):
-            surveyed = survey(read_records(files, tally, form), config, count)
+            surveyed = survey(read_records(files, tally, form), config, length_in(tokenizer))
         selection = select(surveyed, config)
         again = read_records(files, Tally(mistakes), form)  # what was skipped has been told
         with (directory / "pairs.jsonl").open("w", encoding="utf-8") as lines:

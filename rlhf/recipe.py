@@ -5,7 +5,7 @@ from pathlib import Path
 
 from glm_jax.checkpoint import read_shape
 from glm_jax.config import Config, GLMConfig
-from rlhf.data.jsonl.jsonl import JsonlData
+from rlhf.data.files.files import FilesData
 from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.dpo import DPOConfig
 from rlhf.evaluate import EvaluateConfig
@@ -29,7 +29,7 @@ class Recipe:
     accumulate: int = 1  # pieces an update's batch is cut into, one after another, to save memory
     remat: Remat = "none"  # what layers keep for their gradients; the rest is computed again
     devices: int | None = None  # None: all there are; on a CPU, how many to simulate
-    data: ReviewsData | JsonlData = ReviewsData()
+    data: ReviewsData | FilesData = ReviewsData()
     pretrained: Path | None = (
         None  # Hugging Face ChatGLM3 directory to start from; None: random weights
     )

@@ -5,10 +5,11 @@ Lines are read one at a time, so that a file may be larger than memory; an array
 
 import contextlib
 import gzip
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf.data.mistakes import Mistake, Tally
 from sharding.errors import UserError
@@ -37,12 +38,12 @@ def read_entries(path: Path, tally: Tally) -> Iterator[Entry]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
     try:
         with path.open("rb") as file:
             if file.peek(2)[:2] == GZIP:
-                with gzip.open(file) as plain:
-                    yield plain  # type: ignore[misc]
+                with io.BufferedReader(gzip.GzipFile(fileobj=file)) as plain:  # type: ignore[arg-type]
+                    yield plain
             else:
                 yield file
     except (EOFError, gzip.BadGzipFile) as error:
@@ -51,12 +52,12 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
 
 
-def _starts_array(file: Any) -> bool:
+def _starts_array(file: io.BufferedReader) -> bool:
     start: bytes = file.peek(64)[:64]
     return start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
-def _lines(file: IO[bytes], path: Path, tally: Tally) -> Iterator[Entry]:
+def _lines(file: io.BufferedReader, path: Path, tally: Tally) -> Iterator[Entry]:
     most = int(tally.policy.max_entry_mib * 2**20)
     number = 0
     while line := file.readline(most + 1):
@@ -76,7 +77,7 @@ def _lines(file: IO[bytes], path: Path, tally: Tally) -> Iterator[Entry]:
             tally.meet(mistake, where)
 
 
-def _skip_line(file: IO[bytes]) -> int:
+def _skip_line(file: io.BufferedReader) -> int:
     """Bytes up to the end of the line, which are read and forgotten."""
     size = 0
     while piece := file.readline(2**20):
@@ -106,7 +107,7 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _members(file: IO[bytes], path: Path, tally: Tally) -> Iterator[Entry]:
+def _members(file: io.BufferedReader, path: Path, tally: Tally) -> Iterator[Entry]:
     """Members of an array, each at the line that it begins on. Raises UserError where the array itself is damaged."""
     try:
         text = file.read().decode("utf-8-sig")

@@ -9,13 +9,23 @@ import array
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 
+from glm_jax.tokenizers import load_tokenizer
 from rlhf.data.records import Comparison, Preference, prompt_key
 
 CountTokens = Callable[[str], int]
+
+
+def length_in(tokenizer: Path | None) -> CountTokens:
+    """What measures a text: the tokens of a model's directory, or characters."""
+    if tokenizer is None:
+        return len
+    encode = load_tokenizer(tokenizer).encode
+    return lambda text: len(encode(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +164,3 @@ def grouped(*columns: np.ndarray) -> tuple[np.ndarray, int]:
     flat = np.ascontiguousarray(stacked).view([("", stacked.dtype)] * len(columns)).ravel()
     groups, inverse = np.unique(flat, return_inverse=True)
     return inverse, len(groups)
-
-
-def sequence_of(names: Sequence[str], codes: np.ndarray) -> list[str]:
-    """The names that codes stand for."""
-    return [names[code] for code in codes]

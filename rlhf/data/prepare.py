@@ -10,8 +10,8 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from rlhf.data.jsonl.builder import Jsonl
-from rlhf.data.jsonl.jsonl import JsonlData
+from rlhf.data.files.builder import Files
+from rlhf.data.files.files import FilesData
 from rlhf.data.records import Split, Splits
 from rlhf.data.reviews.builder import Reviews
 from rlhf.data.reviews.reviews import ReviewsData
@@ -19,7 +19,7 @@ from rlhf.data.storage import RECORD_TYPES, RecordsBuilder, StoredRecords
 from sharding.errors import UserError
 
 
-def prepare(data: ReviewsData | JsonlData, directory: Path) -> Splits:
+def prepare(data: ReviewsData | FilesData, directory: Path) -> Splits:
     """Build the six splits of `data` under `directory`, unless they are there, and open them.
 
     The folder's name is a digest of the configuration and of what the files say: another seed or
@@ -29,16 +29,17 @@ def prepare(data: ReviewsData | JsonlData, directory: Path) -> Splits:
     Raises:
         UserError: a file is missing or says what it should not; a split would be empty.
     """
-    builder = Reviews if isinstance(data, ReviewsData) else Jsonl
+    builder = Reviews if isinstance(data, ReviewsData) else Files
     root = directory / fingerprint(data, builder)
     splits = functools.cache(data.splits)
     return Splits(**{name: _open(builder, name, root, splits) for name in RECORD_TYPES})
 
 
-def fingerprint(data: ReviewsData | JsonlData, builder: type[RecordsBuilder]) -> str:
+def fingerprint(data: ReviewsData | FilesData, builder: type[RecordsBuilder]) -> str:
     """Twelve hexadecimal digits that name the data set."""
     paths = data.paths()
-    fields = {name: value for name, value in dataclasses.asdict(data).items() if name not in paths}
+    read = {name.split()[0] for name in paths}  # by content, wherever they are
+    fields = {name: value for name, value in dataclasses.asdict(data).items() if name not in read}
     digest = hashlib.sha256(
         f"{builder.__name__} {builder.VERSION} {sorted(fields.items())}".encode()
     )

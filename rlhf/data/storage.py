@@ -5,8 +5,9 @@ TensorFlow is never imported: TFDS imports it only for its own tf.data readers.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, get_type_hints, overload
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from rlhf.data.records import Example, Preference, Prompt, Split, Splits
@@ -15,11 +16,14 @@ RecordType = type[Example] | type[Preference] | type[Prompt]
 RECORD_TYPES: dict[str, RecordType] = {"sft": Example, "preferences": Preference, "prompts": Prompt}
 
 
+_FEATURES = {float: np.float64, bool: np.bool_}
+
+
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
     """One builder configuration a table, with the splits `train` and `heldout`.
 
-    Every field is one text; prompts are JSON, because a conversation as nested features is
-    written and read several times slower.
+    A field is a text, a number or a truth; prompts are JSON, because a conversation as nested
+    features is written and read several times slower.
     """
 
     BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
@@ -34,11 +38,16 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        fields = RECORD_TYPES[self.builder_config.name]._fields
+        record = RECORD_TYPES[self.builder_config.name]
         return tfds.core.DatasetInfo(
             builder=self,
             description=type(self).__doc__,
-            features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in fields}),
+            features=tfds.features.FeaturesDict(
+                {
+                    name: _FEATURES.get(kind, tfds.features.Text())
+                    for name, kind in get_type_hints(record).items()
+                }
+            ),
             disable_shuffling=True,  # the source has chosen the order; row numbers mean something
         )
 
@@ -77,7 +86,10 @@ class StoredRecords(Sequence[Any]):
             raise IndexError(index)
         return self._decode(self._source[index % len(self)])
 
-    def _decode(self, stored: Mapping[str, bytes]) -> Any:
-        fields: dict[str, Any] = {name: text.decode() for name, text in stored.items()}
+    def _decode(self, stored: Mapping[str, Any]) -> Any:
+        fields: dict[str, Any] = {
+            name: value.decode() if isinstance(value, bytes) else np.asarray(value).item()
+            for name, value in stored.items()
+        }
         fields["prompt"] = tuple(json.loads(fields["prompt"]))
         return self._record_type(**fields)

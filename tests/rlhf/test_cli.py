@@ -183,8 +183,8 @@ def test_interrupted(
 
 def test_a_field_of_several_types_keeps_the_recipes_choice(tmp_path: Path) -> None:
     text = (
-        "from pathlib import Path\nfrom rlhf.data.jsonl.jsonl import JsonlData\n"
-        "config = Recipe(data=JsonlData(Path('a'), Path('b'), Path('c')))"
+        "from pathlib import Path\nfrom rlhf.data.files.files import FilesData\n"
+        "config = Recipe(data=FilesData(Path('a'), Path('b'), Path('c')))"
     )
     config, description = load_recipe(write_recipe(tmp_path, text))
     assert description == "What this recipe is for."

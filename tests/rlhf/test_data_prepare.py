@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.jsonl.jsonl import JsonlData
+from rlhf.data.files.files import FilesData
 from rlhf.data.prepare import prepare
 from rlhf.data.reviews.reviews import ReviewsData
 from sharding.errors import UserError
@@ -54,7 +54,7 @@ def test_conversations_survive_storage(tmp_path: Path) -> None:
             for i in range(20)
         ]
         (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
-    data = JsonlData(tmp_path / "sft", tmp_path / "preferences", tmp_path / "prompts", 0.4)
+    data = FilesData(tmp_path / "sft", tmp_path / "preferences", tmp_path / "prompts", 0.4)
     stored, given = prepare(data, tmp_path / "data"), data.splits()
     assert [list(side) for split in stored for side in split] == [
         list(side) for split in given for side in split

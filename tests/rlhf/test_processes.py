@@ -154,7 +154,7 @@ RECIPE = """
 from pathlib import Path
 from glm_jax.config import GLMConfig
 from glm_jax.generate import SamplingConfig
-from rlhf.data.jsonl.jsonl import JsonlData
+from rlhf.data.files.files import FilesData
 from rlhf.dpo import DPOConfig
 from rlhf.evaluate import EvaluateConfig
 from rlhf.ppo import PPOConfig
@@ -168,7 +168,7 @@ config = Recipe(
     output_dir=folder / "run",
     layout="dp",
     devices=2,
-    data=JsonlData(folder / "sft.jsonl", folder / "preferences.jsonl", folder / "prompts.jsonl", 0.3),
+    data=FilesData(folder / "sft.jsonl", folder / "preferences.jsonl", folder / "prompts.jsonl", 0.3),
     model=GLMConfig(296, 16, 2, 2, 2, 8, 32, max_length=64),
     length=40,
     prompt_length=24,

@@ -1,11 +1,11 @@
-"""The TFDS builder of a user's own JSON lines."""
+"""The TFDS builder of a user's own files."""
 
 import tensorflow_datasets as tfds
 
 from rlhf.data.storage import RecordsBuilder
 
 
-class Jsonl(RecordsBuilder):
+class Files(RecordsBuilder):
     """Records of the user's own files."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")

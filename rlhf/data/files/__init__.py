@@ -1,0 +1,1 @@
+"""A user's own records, in JSON files of any form that `reading` knows."""

@@ -1,1 +1,0 @@
-"""A user's own records, in three files of one JSON object a line."""

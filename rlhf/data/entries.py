@@ -42,7 +42,8 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
     try:
         with path.open("rb") as file:
             if file.peek(2)[:2] == GZIP:
-                with io.BufferedReader(gzip.GzipFile(fileobj=file)) as plain:  # type: ignore[arg-type]
+                unzipped: Any = gzip.GzipFile(fileobj=file)
+                with io.BufferedReader(unzipped) as plain:
                     yield plain
             else:
                 yield file

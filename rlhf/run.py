@@ -22,6 +22,7 @@ from glm_jax.convert import export_hf
 from glm_jax.hf.config import Tokens, default_form
 from glm_jax.model import CausalLM, init_model
 from glm_jax.sampler import Sampler
+from glm_jax.scalar import ScalarModel, scalar_model
 from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer, load_tokenizer
 from glm_jax.weights import kept_layout, restack
 from rlhf.data.batches import in_order, pair_rows, prompt_rows, sft_rows, shuffled
@@ -29,7 +30,6 @@ from rlhf.data.prepare import prepare
 from rlhf.data.records import Splits, prompt_text
 from rlhf.dpo import sample_pairs, train_dpo
 from rlhf.evaluate import Answers, answer, heldout_nll, load_judge, win_tie_lose
-from rlhf.heads import ScalarModel, scalar_model
 from rlhf.ppo import Models, reference_scores, train_ppo
 from rlhf.recipe import Recipe, check
 from rlhf.reward import evaluate_reward, train_reward

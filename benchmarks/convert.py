@@ -31,23 +31,28 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from glm_jax.config import CHATGLM3_6B
+from glm_jax.config import CHATGLM3_6B, Head
 from glm_jax.hf.config import Form, read_config, to_hf
 from glm_jax.hf.tables import BLOCK, num_parameters, tensor_names, tensor_shape, weight_shapes
 from sharding.disk.directory import write_json
 from sharding.disk.writer import ShardWriter, Spec
 
+HEAD = Head.VOCABULARY
+
 
 def write_source(directory: Path, num_bytes: float) -> int:
     """A checkpoint of random finite bits; returns its bytes."""
     layers = 1
-    while 2 * num_parameters(dataclasses.replace(CHATGLM3_6B, num_layers=layers + 1)) < num_bytes:
+    while (
+        2 * num_parameters(dataclasses.replace(CHATGLM3_6B, num_layers=layers + 1), HEAD)
+        < num_bytes
+    ):
         layers += 1
     config = dataclasses.replace(CHATGLM3_6B, num_layers=layers)
     dtype = np.dtype(ml_dtypes.bfloat16)
     specs = [
-        Spec(name, dtype, tensor_shape(row, config))
-        for name, row, _ in tensor_names(config, Form.CHATGLM3)
+        Spec(name, dtype, tensor_shape(row, config, HEAD))
+        for name, row, _ in tensor_names(config, Form.CHATGLM3, HEAD)
     ]
     rng = np.random.default_rng(0)
     directory.mkdir(parents=True)
@@ -139,7 +144,7 @@ def main() -> None:
     config = read_config(root / "source")
     largest = max(
         2 * math.prod(shape) * (config.num_layers if name.startswith(BLOCK) else 1)
-        for name, shape in weight_shapes(config).items()
+        for name, shape in weight_shapes(config, HEAD).items()
     )
     print(f"{count / 1e9:.2f} GB, the largest parameter of all layers {largest / 2**30:.2f} GiB")
     glm = Path(sys.executable).with_name("glm-jax")

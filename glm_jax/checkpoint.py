@@ -2,8 +2,8 @@
 
 A checkpoint is a directory:
 
-    model.json   the shape, the form it came in, its special tokens
-    weights/     the Orbax tree of a CausalLM, its layers [1, layer, ...]
+    model.json   the shape, the head, the form it came in, its special tokens
+    weights/     the Orbax tree of a CausalLM or a ScalarModel, its layers [1, layer, ...]
     hf/          what the original repository holds beside its weights: config.json, tokenizer files, ...
     hf/buffers/  its tensors that are no parameters
     import.json  a hash of every tensor that was read, where they were kept as they are
@@ -20,11 +20,13 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from glm_jax.config import Config, GLMConfig, GLMV1Config
+from glm_jax.config import Config, GLMConfig, GLMV1Config, Head
+from glm_jax.hf.classifier import read_head
 from glm_jax.hf.config import RELEASED_TOKENS, Form, Tokens, form_of, from_hf, read_fields
 from glm_jax.hf.tables import check_tensors
-from glm_jax.hf.tensors import Source, load_weights
-from glm_jax.model import CausalLM, init_model
+from glm_jax.hf.tensors import Source, check_biases, load_weights
+from glm_jax.model import CausalLM
+from glm_jax.scalar import INIT, ScalarModel, head_of
 from glm_jax.weights import kept_layout, restack
 from sharding import checkpoint
 from sharding.disk.directory import write_json
@@ -48,6 +50,7 @@ class Card:
     config: Config
     form: Form
     tokens: Tokens
+    head: Head = Head.VOCABULARY
 
     def write(self, directory: Path) -> None:
         """Write model.json."""
@@ -56,6 +59,7 @@ class Card:
         card = {
             "architecture": type(self.config).__name__,
             "config": fields,
+            "head": self.head.value,
             "form": self.form.name,
             "tokens": dataclasses.asdict(self.tokens),
         }
@@ -72,7 +76,8 @@ class Card:
         try:
             card = json.loads(path.read_text(encoding="utf-8"))
             config = architectures[card["architecture"]](**card["config"])
-            return cls(config, Form[card["form"]], Tokens(**card["tokens"]))
+            head = Head(card.get("head", Head.VOCABULARY.value))  # the only one there was at first
+            return cls(config, Form[card["form"]], Tokens(**card["tokens"]), head)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; give a checkpoint") from None
         except (KeyError, TypeError, ValueError) as error:
@@ -94,7 +99,7 @@ def card_of(directory: Path) -> Card:
     tokens = Tokens(
         fields.get("eos_token_id", released.eos), fields.get("pad_token_id", released.pad)
     )
-    return Card(config, form, tokens)
+    return Card(config, form, tokens, read_head(fields, where))
 
 
 def companion_directory(directory: Path) -> Path:
@@ -103,8 +108,24 @@ def companion_directory(directory: Path) -> Path:
 
 
 def read_shape(directory: Path) -> Config:
-    """The shape of the model in a checkpoint or a Hugging Face directory. Raises UserError."""
-    return card_of(directory).config
+    """The shape of the language model in a checkpoint or a Hugging Face directory. Raises UserError."""
+    return card_with(directory, Head.VOCABULARY).config
+
+
+def card_with(directory: Path, head: Head) -> Card:
+    """`card_of` a model with this head. Raises UserError where it has the other one."""
+    card = card_of(directory)
+    if card.head is head:
+        return card
+    if head is Head.SCALAR:
+        raise UserError(
+            f"{directory} holds a language model, which scores nothing: give a model with a scalar head, such as "
+            f"checkpoints/reward of a run"
+        )
+    raise UserError(
+        f"{directory} holds a scalar head (a reward model or critic), which writes no text: give a language model, "
+        f"such as checkpoints/sft or checkpoints/ppo of a run"
+    )
 
 
 def open_source(directory: Path) -> Source:
@@ -112,8 +133,10 @@ def open_source(directory: Path) -> Source:
     card = card_of(directory)
     tensors = find_tensors(directory)
     shapes = {name: stored.shape for name, stored in tensors.items()}
-    check_tensors(card.config, card.form, shapes, str(directory))
-    return Source(card.config, card.form, tensors)
+    check_tensors(card.config, card.form, card.head, shapes, str(directory))
+    source = Source(card.config, card.form, card.head, tensors)
+    check_biases(source)
+    return source
 
 
 def load_model(
@@ -123,13 +146,27 @@ def load_model(
 
     `dtype` is that of the weights ("keep": as stored). Raises UserError.
     """
+    model: CausalLM = _load(directory, Head.VOCABULARY, layout, compute_dtype, dtype)
+    return model
+
+
+def load_scalar(
+    directory: Path, layout: Layout, compute_dtype: str = "float32", dtype: str = "float32"
+) -> ScalarModel:
+    """`load_model` of a reward model or critic. Raises UserError."""
+    model: ScalarModel = _load(directory, Head.SCALAR, layout, compute_dtype, dtype)
+    return model
+
+
+def _load(directory: Path, head: Head, layout: Layout, compute_dtype: str, dtype: str) -> Any:
     wanted = DTYPES[dtype]
+    card = card_with(directory, head)
     if not is_checkpoint(directory):
         source = open_source(directory)
         config = dataclasses.replace(source.config, compute_dtype=compute_dtype)
         config.check(layout)
         return load_weights(dataclasses.replace(source, config=config), layout, wanted)
-    config = dataclasses.replace(Card.read(directory).config, compute_dtype=compute_dtype)
+    config = dataclasses.replace(card.config, compute_dtype=compute_dtype)
     config.check(layout)
     stored = checkpoint.shapes(directory / "weights")
     flat = kept_layout(layout, config)
@@ -140,13 +177,13 @@ def load_model(
             raise UserError(f"{directory}: {'.'.join(keys)} is not among its weights")
         return jax.ShapeDtypeStruct(x.shape, wanted or stored[keys].dtype, sharding=x.sharding)
 
-    like = jax.tree_util.tree_map_with_path(typed, _shapes(config, flat))
+    like = jax.tree_util.tree_map_with_path(typed, _shapes(config, head, flat))
     model = checkpoint.restore(directory / "weights", like)
     return jax.jit(partial(restack, source=flat, target=layout), donate_argnums=0)(model)
 
 
 def save_model(
-    model: CausalLM,
+    model: CausalLM | ScalarModel,
     layout: Layout,
     card: Card,
     directory: Path,
@@ -154,8 +191,10 @@ def save_model(
 ) -> None:
     """Write a checkpoint of a model that lies on the current mesh as `layout` says; whole or not at all.
 
+    The model says which head it has, whatever `card` says.
     Every process of a run must call it, with a directory that all of them share.
     """
+    card = dataclasses.replace(card, head=head_of(model))
     flat = kept_layout(layout, model.trunk.config)
     model = jax.jit(partial(restack, source=layout, target=flat))(model)
     with shared_directory(directory, replace=True) as partial_directory:
@@ -166,8 +205,8 @@ def save_model(
             save_tokenizer(partial_directory / "hf")
 
 
-def _shapes(config: Config, layout: Layout) -> CausalLM:
-    return jax.eval_shape(partial(init_model, config, layout), jax.random.key(0))
+def _shapes(config: Config, head: Head, layout: Layout) -> CausalLM | ScalarModel:
+    return jax.eval_shape(partial(INIT[head], config, layout), jax.random.key(0))
 
 
 def keys_of(path: str) -> checkpoint.Keys:

@@ -1,10 +1,18 @@
 """Shapes of the ChatGLM family."""
 
 import dataclasses
+import enum
 from collections.abc import Mapping
 
 from sharding.errors import UserError
 from sharding.layout import Layout
+
+
+class Head(enum.Enum):
+    """What stands on a model's trunk."""
+
+    VOCABULARY = "vocabulary"  # logits of the next token: a language model
+    SCALAR = "scalar"  # one value: a reward model or critic
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from glm_jax.checkpoint import DTYPES, Card, card_of, keys_of, open_source
-from glm_jax.config import Config
+from glm_jax.config import Head
+from glm_jax.hf.classifier import classifier_fields
 from glm_jax.hf.config import Form, to_hf
 from glm_jax.hf.tables import (
     BLOCK,
@@ -62,7 +63,8 @@ def import_hf(directory: Path, out: Path, dtype: str, layout: Layout | None, tel
     source = open_source(directory)
     wanted = DTYPES[dtype]
     card = card_of(directory)
-    check_space(out, num_parameters(source.config) * (wanted or _dtype_of(source)).itemsize)
+    count = num_parameters(source.config, source.head)
+    check_space(out, count * (wanted or _dtype_of(source)).itemsize)
     with new_directory(out) as partial_directory:
         weights = partial_directory / "weights"
         if layout is None:
@@ -77,11 +79,11 @@ def import_hf(directory: Path, out: Path, dtype: str, layout: Layout | None, tel
         _keep_companions(directory, source, partial_directory / "hf")
         _check_copies(source, entries)
         write_entries(partial_directory / "import.json", entries)
-    tell(f"{out}: {num_parameters(source.config):,} parameters of {source.form.value}")
+    tell(f"{out}: {count:,} parameters of {source.form.value}, {source.head.value} head")
 
 
 def _dtype_of(source: Source) -> np.dtype:
-    name, _, _ = next(tensor_names(source.config, source.form))
+    name, _, _ = next(tensor_names(source.config, source.form, source.head))
     return source.tensors[name].dtype
 
 
@@ -100,7 +102,7 @@ def _stream(source: Source, dtype: np.dtype | None, path: Path) -> dict[str, Ent
     """Read, turn and write one tensor of one layer at a time; returns the hashes of what was read."""
     config, entries = source.config, dict[str, Entry]()
     arrays, stacked = {}, set()
-    for name, shape in weight_shapes(config).items():
+    for name, shape in weight_shapes(config, source.head).items():
         kind = dtype or source.stored(name, 0).dtype
         if name.startswith(BLOCK):
             shape = (1, config.num_layers, *shape)
@@ -110,8 +112,8 @@ def _stream(source: Source, dtype: np.dtype | None, path: Path) -> dict[str, Ent
     scratch = Scratch()
 
     def move(name: str, row: Row, layer: int) -> None:
-        if name not in source.tensors:
-            return  # a second copy that was not saved
+        if name not in source.tensors or row.bias:
+            return  # a second copy that was not saved, or no weight
         weights, entries[name] = source.split(row, layer, scratch)
         if row.copy:
             return
@@ -120,9 +122,9 @@ def _stream(source: Source, dtype: np.dtype | None, path: Path) -> dict[str, Ent
             index = (0, layer) if row.per_layer else ()
             leaves[keys].write(weight.astype(arrays[keys].dtype, copy=False), *index)
 
-    _in_threads(move, tensor_names(config, source.form))
-    buffers = {name: t for name, t in source.tensors.items() if name not in entries}
-    entries |= hash_tensors(buffers)
+    _in_threads(move, tensor_names(config, source.form, source.head))
+    others = {name: t for name, t in source.tensors.items() if name not in entries}
+    entries |= hash_tensors(others)
     return {name: entries[name] for name in source.tensors}
 
 
@@ -161,7 +163,7 @@ def companions(directory: Path) -> list[Path]:
 
 def _check_copies(source: Source, entries: Mapping[str, Entry]) -> None:
     """Raise UserError where a second copy of a weight is another one: the original ties them when it loads."""
-    rows = table(source.config, source.form)
+    rows = table(source.config, source.form, source.head)
     for row in rows:
         if not row.copy or row.tensor not in entries:
             continue
@@ -197,11 +199,11 @@ def export_hf(
     stored = checkpoint.shapes(weights)
     kinds = {
         name: DTYPES[dtype] or np.dtype(stored[keys_of(name)].dtype)
-        for name in weight_shapes(card.config)
+        for name in weight_shapes(card.config, card.head)
     }
     buffers = _buffers(directory, card, form, kinds[".trunk.embedding"])
     origin = _imported(directory) if form is card.form else {}
-    specs = _specs(card.config, form, kinds, buffers, list(origin))
+    specs = _specs(card, form, kinds, buffers, list(origin))
     check_space(out, sum(spec.nbytes for spec in specs))
     original = directory / "hf" / "config.json"
     config_text = _config_text(card, form, kinds[".trunk.embedding"], original)
@@ -209,7 +211,7 @@ def export_hf(
         with ShardWriter(partial_directory, specs, max_shard_bytes) as writer:
             for name, buffer in buffers.items():
                 writer.put(name, buffer)
-            _write_tensors(card.config, form, kinds, weights, writer)
+            _write_tensors(card, form, kinds, weights, writer)
         with explained(partial_directory):
             for path in companions(directory / "hf"):
                 if path.name != "config.json" and (form is card.form or path.suffix != ".py"):
@@ -236,7 +238,7 @@ def _buffers(directory: Path, card: Card, form: Form, dtype: np.dtype) -> dict[s
 
 
 def _specs(
-    config: Config,
+    card: Card,
     form: Form,
     kinds: Mapping[str, np.dtype],
     buffers: Mapping[str, np.ndarray],
@@ -244,8 +246,8 @@ def _specs(
 ) -> list[Spec]:
     """What is written, in the order of the original where it is known."""
     specs = {
-        name: Spec(name, kinds[row.pieces[0].path], tensor_shape(row, config))
-        for name, row, _ in tensor_names(config, form)
+        name: Spec(name, kinds[row.pieces[0].path], tensor_shape(row, card.config, card.head))
+        for name, row, _ in tensor_names(card.config, form, card.head)
     }
     specs |= {name: Spec(name, buffer.dtype, buffer.shape) for name, buffer in buffers.items()}
     known = [specs[name] for name in order if name in specs]
@@ -254,22 +256,26 @@ def _specs(
 
 def _config_text(card: Card, form: Form, dtype: np.dtype, original: Path) -> bytes:
     """The original config.json byte for byte where it still describes the model, else one in its field order."""
-    fields: dict[str, Any] = {}
     if form is card.form and original.exists():
         fields = json.loads(original.read_text(encoding="utf-8"))
-        if fields.get("torch_dtype") == dtype.name:
+        name = "dtype" if "dtype" in fields else "torch_dtype"  # transformers 4.56 has renamed it
+        if fields.get(name) == dtype.name:
             return original.read_bytes()
-        fields["torch_dtype"] = dtype.name
-    fields = fields or to_hf(card.config, form, dtype.name, card.tokens)
+        fields[name] = dtype.name
+    else:
+        fields = to_hf(card.config, form, dtype.name, card.tokens)
+        if card.head is Head.SCALAR:
+            fields = classifier_fields(fields, form)
     return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _write_tensors(
-    config: Config, form: Form, kinds: Mapping[str, np.dtype], weights: Path, writer: ShardWriter
+    card: Card, form: Form, kinds: Mapping[str, np.dtype], weights: Path, writer: ShardWriter
 ) -> None:
     """One layer of one tensor at a time."""
     scratch = Scratch()
-    leaves = {name: checkpoint.open_leaf(weights, keys_of(name)) for name in weight_shapes(config)}
+    names = weight_shapes(card.config, card.head)
+    leaves = {name: checkpoint.open_leaf(weights, keys_of(name)) for name in names}
 
     def move(name: str, row: Row, layer: int) -> None:
         index = (0, layer) if row.per_layer else ()
@@ -278,9 +284,9 @@ def _write_tensors(
             (part.astype(dtype, copy=False) for part in leaves[piece.path].read_chunks(*index))
             for piece in row.pieces
         ]
-        writer.put(name, join(row, config, parts, dtype, scratch))
+        writer.put(name, join(row, card.config, card.head, parts, dtype, scratch))
 
-    _in_threads(move, tensor_names(config, form))
+    _in_threads(move, tensor_names(card.config, form, card.head))
 
 
 def _compare(

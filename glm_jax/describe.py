@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from glm_jax.checkpoint import card_of, is_checkpoint, keys_of
-from glm_jax.config import Config
+from glm_jax.config import Config, Head
 from glm_jax.hf.config import Form
 from glm_jax.hf.tables import (
     BLOCK,
@@ -27,7 +27,10 @@ FOREIGN = (
     (r"lora_|\.adapter", "a LoRA adapter: merge it into the weights first"),
     (r"prefix_encoder", "a P-tuning prefix, which is not supported"),
     (r"weight_scale|qweight|qzeros|\.scales", "of a quantised model: use the unquantised one"),
-    (r"classifier_head|\.score\.", "a sequence classification head"),
+    (
+        r"classifier_head|^score\.",
+        "a sequence classification head, but config.json's architectures name no such class",
+    ),
     (r"v_head|value_head|summary\.", "the scalar head of a reward or value model"),
     (r"vision|\.image", "the vision part of a multimodal model"),
     (r"^module\.|^base_model\.", "a wrapper's prefix: save the model without it"),
@@ -35,6 +38,7 @@ FOREIGN = (
 ROLES: Mapping[str, str] = {
     "embedding": "the embedding table",
     "w_head": "the language-model head",
+    "w_scalar": "the scalar head",
     "final_norm": "the final norm's scale",
     "final_norm_bias": "the final norm's bias",
     "attn_norm": "the norm before attention",
@@ -67,6 +71,7 @@ class Description:
     kind: str  # "Hugging Face directory" or "checkpoint"
     form: Form
     config: Config
+    head: Head
     parameters: int
     dtypes: Mapping[str, int]  # dtype -> tensors
     files: Mapping[str, int]  # name -> bytes of weights
@@ -90,7 +95,7 @@ def _checkpoint(directory: Path) -> Description:
     found = checkpoint.shapes(directory / "weights")
     wanted = {
         keys_of(path): (1, card.config.num_layers, *shape) if path.startswith(BLOCK) else shape
-        for path, shape in weight_shapes(card.config).items()
+        for path, shape in weight_shapes(card.config, card.head).items()
     }
     problems = [(".".join(keys), "is missing") for keys in wanted if keys not in found]
     problems += [(".".join(keys), "is unknown") for keys in found if keys not in wanted]
@@ -103,7 +108,8 @@ def _checkpoint(directory: Path) -> Description:
         kind="checkpoint",
         form=card.form,
         config=card.config,
-        parameters=num_parameters(card.config),
+        head=card.head,
+        parameters=num_parameters(card.config, card.head),
         dtypes=Counter(leaf.dtype.name for leaf in found.values()),
         files={
             ".".join(keys): math.prod(leaf.shape) * leaf.dtype.itemsize
@@ -118,7 +124,7 @@ def _checkpoint(directory: Path) -> Description:
 def _hugging_face(directory: Path) -> Description:
     card = card_of(directory)
     tensors = find_tensors(directory)
-    names = {name: (row, i) for name, row, i in tensor_names(card.config, card.form)}
+    names = {name: (row, i) for name, row, i in tensor_names(card.config, card.form, card.head)}
     problems = [
         (name, f"is missing: {_role(row, i)}")
         for name, (row, i) in names.items()
@@ -127,7 +133,7 @@ def _hugging_face(directory: Path) -> Description:
     buffers = [name for name in tensors if BUFFERS.fullmatch(name)]
     for name, stored in tensors.items():
         if name in names:
-            wanted = tensor_shape(names[name][0], card.config)
+            wanted = tensor_shape(names[name][0], card.config, card.head)
             if stored.shape != wanted:
                 problems.append((name, f"has shape {stored.shape}, config.json wants {wanted}"))
         elif name not in buffers:
@@ -139,7 +145,8 @@ def _hugging_face(directory: Path) -> Description:
         kind="Hugging Face directory",
         form=card.form,
         config=card.config,
-        parameters=num_parameters(card.config),
+        head=card.head,
+        parameters=num_parameters(card.config, card.head),
         dtypes=Counter(stored.dtype.name for stored in tensors.values()),
         files=files,
         num_tensors=len(tensors),
@@ -149,7 +156,7 @@ def _hugging_face(directory: Path) -> Description:
 
 
 def _role(row: Row, layer: int) -> str:
-    role = ROLES[row.pieces[0].path.rpartition(".")[2]]
+    role = ("the bias of " if row.bias else "") + ROLES[row.pieces[0].path.rpartition(".")[2]]
     return f"{role} of layer {layer}" if row.per_layer else role
 
 

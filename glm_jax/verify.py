@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.batch import Prompts, Sequences
-from glm_jax.checkpoint import open_source
+from glm_jax.checkpoint import load_model, open_source
 from glm_jax.config import Config
 from glm_jax.generate import SamplingConfig
 from glm_jax.hf.tables import tensor_names
-from glm_jax.hf.tensors import Source, load_weights, to_tensors
+from glm_jax.hf.tensors import Source, to_tensors
 from glm_jax.loss import cross_entropy, token_logprobs
 from glm_jax.model import CausalLM, apply_model, init_model
 from glm_jax.sampler import Sampler
@@ -81,7 +81,7 @@ def read_golden(directory: Path) -> dict[str, dict[str, np.ndarray]]:
 def verify(directory: Path, layout: Layout) -> Iterator[Check]:
     """Run every case of `directory`/golden.npz under `layout`, on the mesh that is set."""
     golden, source = read_golden(directory), open_source(directory)
-    model = load_weights(source, layout)
+    model = load_model(directory, layout)
     for case, fields in golden.items():
         for check in _verify_case(directory, source, model, case, fields, layout):
             yield dataclasses.replace(check, case=case)
@@ -117,7 +117,7 @@ def _check(quantity: str, ours: np.ndarray, reference: np.ndarray, tolerance: fl
 
 
 def _stored_dtype(source: Source) -> str:
-    name, _, _ = next(tensor_names(source.config, source.form))
+    name, _, _ = next(tensor_names(source.config, source.form, source.head))
     return source.tensors[name].dtype.name
 
 
@@ -204,7 +204,7 @@ def _loss(
         return
     value, gradients = jax.jit(jax.value_and_grad(loss))(model)
     yield _check("loss", np.asarray(value), golden["loss"], EXACT)
-    ours = to_tensors(source.config, source.form, host_weights(gradients, layout))
+    ours = to_tensors(source, host_weights(gradients, layout))
     names = [str(name) for name in golden["grad_names"]]
     norms = {
         name: abs(float(np.linalg.norm(ours[name].astype(np.float64)) / norm) - 1)

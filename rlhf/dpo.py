@@ -18,6 +18,7 @@ from glm_jax.metrics import Shares
 from glm_jax.model import CausalLM, apply_model
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.sampler import Sampler
+from glm_jax.scalar import ScalarModel, sequence_scores
 from glm_jax.train import (
     Report,
     Update,
@@ -28,7 +29,6 @@ from glm_jax.train import (
     num_tokens,
     train,
 )
-from rlhf.heads import ScalarModel, sequence_scores
 from rlhf.reward import interleave, num_pairs
 from rlhf.rollout import with_stop
 from sharding.errors import UserError

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from glm_jax.loss import Count, masked_mean
 from glm_jax.metrics import Metric, Peak, Shares
-from rlhf.heads import last_token
+from glm_jax.scalar import last_token
 
 
 def shaped_rewards(

@@ -275,6 +275,7 @@ def _inspect(directory: Path) -> int:
     table = Table(show_header=False)
     table.add_row("family", found.form.value)
     table.add_row("kind", found.kind)
+    table.add_row("head", found.head.value)
     for field in dataclasses.fields(found.config):
         if field.name != "compute_dtype":
             table.add_row(field.name, str(getattr(found.config, field.name)))

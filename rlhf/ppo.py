@@ -23,6 +23,7 @@ from glm_jax.metrics import Metrics, Shares
 from glm_jax.model import CausalLM, apply_model
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.sampler import Sampler
+from glm_jax.scalar import ScalarModel, apply_scalar, sequence_scores
 from glm_jax.train import (
     Report,
     TrainState,
@@ -35,7 +36,6 @@ from glm_jax.train import (
     to_host,
 )
 from rlhf.estimators import gae, policy_loss, shaped_rewards, value_loss
-from rlhf.heads import ScalarModel, apply_scalar, sequence_scores
 from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout

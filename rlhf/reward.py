@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from glm_jax.batch import Pairs, Sequences
 from glm_jax.metrics import Deviation, Metric, Shares
 from glm_jax.optim import OptimConfig, make_optimizer
+from glm_jax.scalar import ScalarModel, sequence_scores
 from glm_jax.train import Report, Update, init_state, make_update, train
-from rlhf.heads import ScalarModel, sequence_scores
 from sharding.layout import Layout
 from sharding.processes import fetch
 

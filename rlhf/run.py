@@ -22,20 +22,18 @@ from glm_jax.convert import export_hf
 from glm_jax.hf.config import Tokens, default_form
 from glm_jax.model import CausalLM, init_model
 from glm_jax.sampler import Sampler
+from glm_jax.scalar import ScalarModel, scalar_model
 from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer, load_tokenizer
-from glm_jax.weights import kept_layout, restack
 from rlhf.data.batches import in_order, pair_rows, prompt_rows, sft_rows, shuffled
 from rlhf.data.prepare import prepare
 from rlhf.data.records import Splits, prompt_text
 from rlhf.dpo import sample_pairs, train_dpo
 from rlhf.evaluate import Answers, answer, heldout_nll, load_judge, win_tie_lose
-from rlhf.heads import ScalarModel, scalar_model
 from rlhf.ppo import Models, reference_scores, train_ppo
 from rlhf.recipe import Recipe, check
 from rlhf.reward import evaluate_reward, train_reward
 from rlhf.runlog import RunLog
 from rlhf.sft import train_sft
-from sharding import checkpoint
 from sharding.disk.directory import write_json
 from sharding.layout import Layout
 from sharding.processes import on_first, together
@@ -147,8 +145,8 @@ class _Run:
             return load_model(recipe.pretrained, layout, recipe.model.compute_dtype)
         return jax.jit(partial(init_model, recipe.model, layout))(self.key("init"))
 
-    def save(self, name: str, model: CausalLM) -> None:
-        """A checkpoint that `glm-jax export`, `chat` and `generate` can read."""
+    def save(self, name: str, model: CausalLM | ScalarModel) -> None:
+        """A checkpoint, with the tokenizer beside it."""
         config = model.trunk.config
         if self.recipe.pretrained is None:
             tokens = Tokens(self.tokenizer.eos_id, self.tokenizer.pad_id)
@@ -157,12 +155,6 @@ class _Run:
             card = card_of(self.recipe.pretrained)
         directory = self.directory / "checkpoints" / name
         save_model(model, self.layout, card, directory, self.tokenizer.save)
-
-    def save_scalar(self, name: str, model: ScalarModel) -> None:
-        """The arrays of a reward model or critic, in the layout that models are kept in."""
-        kept = kept_layout(self.layout, model.trunk.config)
-        flat = jax.jit(partial(restack, source=self.layout, target=kept))(model)
-        checkpoint.save(self.directory / "checkpoints" / name, flat)
 
     def make_samplers(self, config: Config) -> dict[str, Any]:
         """Sampling programs by purpose; equal settings share one, so that it compiles once."""
@@ -192,7 +184,7 @@ class _Run:
             batches = shuffled(self.data.pairs, config.batch_size, self.recipe.seed)
             start = scalar_model(sft.trunk, layout, self.key("reward"))
             model = train_reward(start, config, batches, layout, stage.step)
-            self.save_scalar("reward", model)
+            self.save("reward", model)
             heldout = in_order(self.data.heldout_pairs, config.batch_size)
             return model, evaluate_reward(model, heldout, layout)
 
@@ -238,7 +230,7 @@ class _Run:
                 report,
             )
             self.save("ppo", actor)
-            self.save_scalar("critic", critic)
+            self.save("critic", critic)
         last = history[-max(1, len(history) // 10) :]
         return actor, {
             "kl": float(np.mean([m["kl"] for m in last])),

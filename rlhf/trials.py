@@ -21,10 +21,10 @@ from glm_jax.generate import SamplingConfig
 from glm_jax.model import CausalLM, init_model
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.sampler import Sampler
+from glm_jax.scalar import ScalarModel
 from glm_jax.train import TrainState, Update, init_state
 from glm_jax.weights import kept_layout, named_weights, restack
 from rlhf.dpo import DPOConfig, LabelledPairs, dpo_update
-from rlhf.heads import ScalarModel
 from rlhf.ppo import Inputs, Iteration, Learners, Models, PPOConfig, make_iteration
 from rlhf.reward import RewardConfig, reward_update
 from rlhf.sft import sft_update

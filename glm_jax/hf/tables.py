@@ -14,9 +14,9 @@ from functools import cache, partial
 import jax
 import numpy as np
 
-from glm_jax.config import Config
+from glm_jax.config import Config, Head
 from glm_jax.hf.config import Form
-from glm_jax.model import init_model
+from glm_jax.scalar import INIT
 from sharding.errors import UserError
 from sharding.layout import Layout
 
@@ -91,15 +91,16 @@ class Row:
     pieces: tuple[Piece, ...]
     per_head: int = 0  # > 0: the pieces take turns after so many rows, head by head (ChatGLM-6B)
     copy: bool = False  # a second copy of a weight that another row fills
+    bias: bool = False  # the original's bias beside this weight, which the model does not have: 0
 
     @property
     def per_layer(self) -> bool:
         """Whether every layer has such a tensor."""
         return "{i}" in self.tensor
 
-    def spans(self, config: Config) -> Iterator[tuple[int, int, int, int]]:
+    def spans(self, config: Config, head: Head) -> Iterator[tuple[int, int, int, int]]:
         """(piece, its first row, the tensor's first row, rows) of what lies together, in the tensor's order."""
-        shapes = weight_shapes(config)
+        shapes = weight_shapes(config, head)
         counts = [piece.num_rows(shapes[piece.path]) for piece in self.pieces]
         start = 0
         for row in range(0, counts[0], self.per_head or counts[0]):
@@ -153,6 +154,8 @@ def _remote_table() -> tuple[Row, ...]:
         _one(layer + "mlp.dense_4h_to_h.weight", BLOCK + "w_down", 1),
         _one("transformer.encoder.final_layernorm.weight", ".trunk.final_norm"),
         _one("transformer.output_layer.weight", ".w_head", 1),
+        _one("classifier_head.weight", ".w_scalar", 1),
+        Row("classifier_head.bias", (Piece(".w_scalar", 1),), bias=True),
     )
 
 
@@ -179,6 +182,7 @@ def _transformers_table() -> tuple[Row, ...]:
         _one(layer + "post_mlp_layernorm.weight", BLOCK + "mlp_out_norm"),
         _one("model.norm.weight", ".trunk.final_norm"),
         _one("lm_head.weight", ".w_head", 1),
+        _one("score.weight", ".w_scalar", 1),
     )
 
 
@@ -190,11 +194,11 @@ BUFFERS = re.compile(
 
 
 @cache
-def weight_shapes(config: Config) -> Mapping[str, Shape]:
+def weight_shapes(config: Config, head: Head) -> Mapping[str, Shape]:
     """Weight path -> shape, of one layer for those of the blocks."""
     layout = Layout()
     with jax.set_mesh(layout.mesh(jax.local_devices())):  # one process may ask alone
-        model = jax.eval_shape(partial(init_model, config, layout), jax.random.key(0))
+        model = jax.eval_shape(partial(INIT[head], config, layout), jax.random.key(0))
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         name = jax.tree_util.keystr(path)
@@ -202,24 +206,28 @@ def weight_shapes(config: Config) -> Mapping[str, Shape]:
     return shapes
 
 
-def num_parameters(config: Config) -> int:
+def num_parameters(config: Config, head: Head) -> int:
     """Parameters of the whole model."""
     return sum(
         math.prod(shape) * (config.num_layers if name.startswith(BLOCK) else 1)
-        for name, shape in weight_shapes(config).items()
+        for name, shape in weight_shapes(config, head).items()
     )
 
 
 @cache
-def table(config: Config, form: Form) -> tuple[Row, ...]:
+def table(config: Config, form: Form, head: Head) -> tuple[Row, ...]:
     """The rows that a model of this config has in this form. Raises UserError where it has no such form."""
+    if form is Form.CHATGLM and head is Head.SCALAR:
+        raise UserError(
+            f"{form.value} has no class with a scalar head, so none can read such a directory: keep the checkpoint"
+        )
     if form is Form.CHATGLM:
         rows = _v1_table(config.head_dim)
     elif form in (Form.GLM, Form.GLM4):
         rows = _transformers_table()
     else:
         rows = _remote_table()
-    shapes = weight_shapes(config)
+    shapes = weight_shapes(config, head)
     rows = tuple(row for row in rows if row.pieces[0].path in shapes)
     lacking = set(shapes) - {piece.path for row in rows for piece in row.pieces}
     if lacking:
@@ -227,17 +235,17 @@ def table(config: Config, form: Form) -> tuple[Row, ...]:
     return rows
 
 
-def tensor_shape(row: Row, config: Config) -> Shape:
+def tensor_shape(row: Row, config: Config, head: Head) -> Shape:
     """The shape that `row`'s tensor must have."""
-    shapes = weight_shapes(config)
+    shapes = weight_shapes(config, head)
     count = sum(piece.num_rows(shapes[piece.path]) for piece in row.pieces)
     column_dims = row.pieces[0].dimensions(shapes[row.pieces[0].path])[1]
-    return (count, math.prod(column_dims)) if column_dims else (count,)
+    return (count, math.prod(column_dims)) if column_dims and not row.bias else (count,)
 
 
-def tensor_names(config: Config, form: Form) -> Iterator[tuple[str, Row, int]]:
+def tensor_names(config: Config, form: Form, head: Head) -> Iterator[tuple[str, Row, int]]:
     """(name, row, layer) of every tensor, layer by layer as the original repositories order them."""
-    rows = table(config, form)
+    rows = table(config, form, head)
     first = next(n for n, row in enumerate(rows) if row.per_layer)
     last = max(n for n, row in enumerate(rows) if row.per_layer)
     for row in rows[:first]:
@@ -249,16 +257,18 @@ def tensor_names(config: Config, form: Form) -> Iterator[tuple[str, Row, int]]:
         yield row.tensor, row, 0
 
 
-def check_tensors(config: Config, form: Form, found: Mapping[str, Shape], where: str) -> None:
+def check_tensors(
+    config: Config, form: Form, head: Head, found: Mapping[str, Shape], where: str
+) -> None:
     """Raise UserError unless `found` (name -> shape) is exactly what the config wants; buffers may be absent."""
     unknown = {name for name in found if not BUFFERS.fullmatch(name)}
-    for name, row, _ in tensor_names(config, form):
+    for name, row, _ in tensor_names(config, form, head):
         if name not in found:
             if row.copy:
                 continue
             raise UserError(f"{where}: tensor {name} is missing")
         unknown.discard(name)
-        wanted = tensor_shape(row, config)
+        wanted = tensor_shape(row, config, head)
         if tuple(found[name]) != wanted:
             raise UserError(
                 f"{where}: {name} has shape {tuple(found[name])}, config.json wants {wanted}"

@@ -4,14 +4,14 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 
 import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding
 
-from glm_jax.config import Config
+from glm_jax.config import Config, Head
 from glm_jax.hf.config import Form
 from glm_jax.hf.tables import (
     BLOCK,
@@ -27,7 +27,8 @@ from glm_jax.hf.tables import (
     weight_shapes,
 )
 from glm_jax.layers import rotary_frequencies
-from glm_jax.model import CausalLM, init_model
+from glm_jax.model import CausalLM
+from glm_jax.scalar import INIT, ScalarModel
 from sharding.disk.manifest import Entry
 from sharding.disk.scratch import Scratch
 from sharding.disk.stored import Stored
@@ -42,17 +43,18 @@ class Source:
 
     config: Config
     form: Form
+    head: Head
     tensors: Mapping[str, Stored]
 
     def stored(self, path: str, layer: int) -> Stored:
         """The tensor that holds a weight."""
-        row, _ = _holders(self.config, self.form)[path]
+        row, _ = _holders(self.config, self.form, self.head)[path]
         return self.tensors[row.tensor.format(i=layer)]
 
     def read(self, path: str, layer: int, index: Index) -> np.ndarray:
         """`index` of one layer's weight, in its stored dtype; only the bytes of these rows are read."""
-        row, number = _holders(self.config, self.form)[path]
-        shape = weight_shapes(self.config)[path]
+        row, number = _holders(self.config, self.form, self.head)[path]
+        shape = weight_shapes(self.config, self.head)[path]
         piece, stored = row.pieces[number], self.tensors[row.tensor.format(i=layer)]
         row_dims, column_dims = piece.dimensions(shape)
         columns_first = bool(piece.columns)
@@ -74,12 +76,12 @@ class Source:
         `scratch`, until the next call of this thread.
         """
         stored = self.tensors[row.tensor.format(i=layer)]
-        shapes = [weight_shapes(self.config)[piece.path] for piece in row.pieces]
+        shapes = [weight_shapes(self.config, self.head)[piece.path] for piece in row.pieces]
         sizes = [math.prod(shape) for shape in shapes]
         flat = np.split(scratch.empty(sum(sizes), stored.dtype), np.cumsum(sizes)[:-1])
         weights = [part.reshape(shape) for part, shape in zip(flat, shapes, strict=True)]
         digest = hashlib.sha256()
-        for number, first, start, count in row.spans(self.config):
+        for number, first, start, count in row.spans(self.config, self.head):
             for strip in stored.strips(start, start + count, TILE):
                 digest.update(strip.reshape(-1).view(np.uint8).data)
                 check_finite(strip, stored)
@@ -91,7 +93,7 @@ class Source:
         self, stored: Stored, row: Row, number: int, rows: slice, columns: slice | None
     ) -> np.ndarray:
         """Rows of a tensor's piece `number`."""
-        shapes = weight_shapes(self.config)
+        shapes = weight_shapes(self.config, self.head)
         if row.per_head:
             unit, turns = row.per_head, len(row.pieces)
             block = stored.read(slice(rows.start * turns, rows.stop * turns), columns)
@@ -115,20 +117,32 @@ def check_finite(values: np.ndarray, stored: Stored) -> None:
         )
 
 
+def check_biases(source: Source) -> None:
+    """Raise UserError where a bias that the model does not have is anything but 0."""
+    for row in table(source.config, source.form, source.head):
+        if row.bias and source.tensors[row.tensor].read().any():
+            raise UserError(
+                f"{source.tensors[row.tensor].path}: {row.tensor} is not 0: a scalar head here has no bias, which "
+                f"shifts every score alike; set it to 0 if only their differences matter"
+            )
+
+
 def _span(index: Index, dims: Shape) -> slice:
-    """Flat range of `index` over `dims`, of which only the first may be cut."""
+    """Flat range of `index` over `dims`, of which only the first may be cut; no dims are one row."""
+    if not dims:
+        return slice(0, 1)
     start, stop, _ = index[0].indices(dims[0])
     inner = math.prod(dims[1:])
     return slice(start * inner, stop * inner)
 
 
 @cache
-def _holders(config: Config, form: Form) -> Mapping[str, tuple[Row, int]]:
+def _holders(config: Config, form: Form, head: Head) -> Mapping[str, tuple[Row, int]]:
     """Weight path -> the row that fills it, and the number of its piece."""
     return {
         piece.path: (row, number)
-        for row in table(config, form)
-        if not row.copy
+        for row in table(config, form, head)
+        if not (row.copy or row.bias)
         for number, piece in enumerate(row.pieces)
     }
 
@@ -140,7 +154,7 @@ def read_weight(
 
     dtype None keeps the stored one. One layer is read and converted at a time.
     """
-    shape = weight_shapes(source.config)[path]
+    shape = weight_shapes(source.config, source.head)[path]
     full = (source.config.num_layers, *shape) if path.startswith(BLOCK) else shape
     index = index or tuple(slice(None) for _ in full)
     local = tuple(len(range(*part.indices(size))) for part, size in zip(index, full, strict=True))
@@ -172,7 +186,7 @@ def read_shard(
                 own = (slice(layer, layer + 1), *index[2:])
                 out[place] = read_weight(source, name, dtype, own)[0]
         return out
-    real = weight_shapes(source.config)[name]
+    real = weight_shapes(source.config, source.head)[name]
     there = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     cut = tuple(
         slice(min(part.start, end), min(part.stop, end))
@@ -186,13 +200,13 @@ def read_shard(
 
 def load_weights(
     source: Source, layout: Layout, dtype: np.dtype | None = np.dtype(np.float32)
-) -> CausalLM:
+) -> CausalLM | ScalarModel:
     """Weights on the current mesh, split as `layout` says; every process reads the bytes of its own shards.
 
     dtype None keeps the stored one.
     """
     config = source.config
-    shapes = jax.eval_shape(lambda key: init_model(config, layout, key), jax.random.key(0))
+    shapes = jax.eval_shape(partial(INIT[source.head], config, layout), jax.random.key(0))
     mesh = jax.sharding.get_mesh()
     slots = layer_slots(config.num_layers, layout)
 
@@ -209,13 +223,14 @@ def load_weights(
         sharding = NamedSharding(mesh, like.sharding.spec)
         return jax.make_array_from_callback(like.shape, sharding, shard)
 
-    model: CausalLM = jax.tree_util.tree_map_with_path(place, shapes)
+    model: CausalLM | ScalarModel = jax.tree_util.tree_map_with_path(place, shapes)
     return model
 
 
 def join(
     row: Row,
     config: Config,
+    head: Head,
     parts: Iterable[Iterable[np.ndarray]],
     dtype: np.dtype,
     scratch: Scratch | None = None,
@@ -225,11 +240,13 @@ def join(
     `parts` gives every weight whole or cut along its first dimension, in `dtype`. With `scratch` the tensor stands
     there, until the next call of this thread.
     """
-    shape = tensor_shape(row, config)
+    shape = tensor_shape(row, config, head)
+    if row.bias:
+        return np.zeros(shape, dtype)
     size = math.prod(shape)
     tensor = scratch.empty(size, dtype) if scratch else np.empty(size, dtype)
     tensor = tensor.reshape(shape[0], -1)
-    spans = list(row.spans(config))
+    spans = list(row.spans(config, head))
     for number, (piece, weight) in enumerate(zip(row.pieces, parts, strict=True)):
         mine = [span[1:] for span in spans if span[0] == number]
         count = sum(length for *_, length in mine)
@@ -250,13 +267,13 @@ def join(
     return tensor.reshape(shape)
 
 
-def to_tensors(config: Config, form: Form, weights: Mapping[str, np.ndarray]) -> Weights:
-    """All tensors, from weights by path with their layers stacked [layer, ...]."""
+def to_tensors(source: Source, weights: Mapping[str, np.ndarray]) -> Weights:
+    """Tensors named as in `source`, from weights by path with their layers stacked [layer, ...]."""
     tensors: Weights = {}
-    for name, row, i in tensor_names(config, form):
+    for name, row, i in tensor_names(source.config, source.form, source.head):
         parts = [weights[piece.path] for piece in row.pieces]
         whole = [[part[i]] if row.per_layer else [part] for part in parts]
-        tensors[name] = join(row, config, whole, parts[0].dtype)
+        tensors[name] = join(row, source.config, source.head, whole, parts[0].dtype)
     return tensors
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from glm_jax.config import PRESETS, GLMConfig
+from glm_jax.config import PRESETS, GLMConfig, Head
 from glm_jax.hf.config import Form, Tokens, form_of, from_hf, to_hf
 from glm_jax.hf.tables import num_parameters
 from sharding.errors import UserError
@@ -50,7 +50,7 @@ def test_every_preset_has_a_published_size() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_number_of_parameters(name: str) -> None:
-    assert num_parameters(PRESETS[name]) == PUBLISHED[name]
+    assert num_parameters(PRESETS[name], Head.VOCABULARY) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -13,9 +13,9 @@ from glm_jax.config import GLMConfig
 from glm_jax.loss import token_kl, token_logprobs
 from glm_jax.metrics import finished
 from glm_jax.model import init_trunk
+from glm_jax.scalar import apply_scalar, last_token, scalar_model, sequence_scores
 from rlhf.dpo import best_and_worst, dpo_loss
 from rlhf.evaluate import distinct_n, win_tie_lose
-from rlhf.heads import apply_scalar, last_token, scalar_model, sequence_scores
 from rlhf.reward import evaluate_reward, interleave, pair_scores, reward_loss
 from sharding.layout import Layout
 

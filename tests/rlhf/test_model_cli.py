@@ -11,16 +11,18 @@ import jax
 import numpy as np
 import pytest
 
-from glm_jax.checkpoint import Card, save_model
+from glm_jax.checkpoint import Card, card_of, load_model, save_model
 from glm_jax.config import GLMConfig
 from glm_jax.generate import SamplingConfig, stream
 from glm_jax.hf.config import Form, Tokens
 from glm_jax.model import init_model
+from glm_jax.scalar import ScalarModel
 from glm_jax.tokenizers import ChatGLM3Tokenizer
 from rlhf.cli import main
 from sharding.disk.find import find_tensors
 from sharding.layout import Layout
 
+REPOSITORY = Path(__file__).parents[2]
 LAYOUT = Layout()
 WORDS = [
     f"{a} {b} {c}" for a in ["ask", "tell", "say"] for b in ["red", "blue"] for c in ["of", "me"]
@@ -44,6 +46,17 @@ def run(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int
     status = main([str(argument) for argument in arguments])
     screen = capsys.readouterr()
     return status, screen.out, screen.err
+
+
+@pytest.fixture(scope="module")
+def scorer(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a scalar head."""
+    directory = tmp_path_factory.mktemp("scorer") / "checkpoint"
+    tokenizer = ChatGLM3Tokenizer.load(talker / "hf")
+    with jax.set_mesh(LAYOUT.mesh()):
+        model = ScalarModel(load_model(talker, LAYOUT).trunk, jax.numpy.arange(32.0))
+        save_model(model, LAYOUT, card_of(talker), directory, tokenizer.save)
+    return directory
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"], ["--layout", "fsdp_tp"]])
@@ -135,6 +148,40 @@ def test_inspect_names_what_is_wrong(
     assert "model.layers.3.self_attn.o_proj.weight is missing: attention's output of layer 3" in out
 
 
+def test_a_scalar_head_goes_in_and_out_and_writes_no_text(
+    talker: Path, scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("export", scorer, tmp_path / "hf", capsys=capsys)[0] == 0
+    status, out, _ = run("import", tmp_path / "hf", tmp_path / "ck", "--stream", capsys=capsys)
+    assert status == 0 and "of ChatGLM3, scalar head" in out
+    for directory, head in (
+        (scorer, "scalar"),
+        (tmp_path / "hf", "scalar"),
+        (tmp_path / "ck", "scalar"),
+        (talker, "vocabulary"),
+    ):
+        status, out, _ = run("inspect", directory, capsys=capsys)
+        assert status == 0 and [head in line for line in out.splitlines() if " head " in line] == [
+            True
+        ]
+    demo = REPOSITORY / "configs" / "demo_smoke.py"
+    golden: dict[str, Any] = {"full/logits": np.zeros(1)}
+    np.savez(tmp_path / "hf" / "golden.npz", **golden)
+    for directory in (scorer, tmp_path / "hf", tmp_path / "ck"):
+        commands: list[list[str | Path]] = [
+            ["generate", directory, "--prompt", "x"],
+            ["chat", directory],
+            ["run", demo, "--pretrained", directory, "--output-dir", tmp_path / "run"],
+        ]
+        if directory.name == "hf":
+            commands.append(["verify", directory])
+        for command in commands:
+            status, _, err = run(*command, capsys=capsys)
+            assert status == 1 and err.count("\n") == 1
+            assert f"{directory} holds a scalar head (a reward model or critic)" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_generate_gives_the_tokens_of_the_sampler(
     talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,8 +190,6 @@ def test_generate_gives_the_tokens_of_the_sampler(
     _, again, _ = run("generate", talker, "--prompt", "ask me", *options, capsys=capsys)
     assert status == 0 and first == again
     tokenizer = ChatGLM3Tokenizer.load(talker / "hf")
-    from glm_jax.checkpoint import load_model
-
     with jax.set_mesh(LAYOUT.mesh()):
         model = load_model(talker, LAYOUT)
         key = jax.random.fold_in(jax.random.key(3), 0)

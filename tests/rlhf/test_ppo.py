@@ -15,8 +15,8 @@ from glm_jax.generate import Generation, SamplingConfig
 from glm_jax.metrics import Metrics, finished
 from glm_jax.model import CausalLM, init_model
 from glm_jax.sampler import Sampler
+from glm_jax.scalar import ScalarModel, apply_scalar, scalar_model
 from rlhf.estimators import gae, policy_loss, shaped_rewards, value_loss
-from rlhf.heads import ScalarModel, apply_scalar, scalar_model
 from rlhf.ppo import (
     Experience,
     Models,

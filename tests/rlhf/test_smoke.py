@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from glm_jax.checkpoint import Card
+from glm_jax.config import Head
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -26,6 +29,9 @@ def _metrics(layout: str, directory: Path) -> list[dict[str, Any]]:
         check=True,
     )
     assert (directory / "hf" / "model.safetensors").exists()
+    heads = {path.name: Card.read(path).head for path in (directory / "checkpoints").iterdir()}
+    policies = dict.fromkeys(("sft", "ppo", "dpo"), Head.VOCABULARY)
+    assert heads == policies | dict.fromkeys(("reward", "critic"), Head.SCALAR)
     lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 

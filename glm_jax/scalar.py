@@ -1,11 +1,15 @@
 """A GLM trunk with a scalar head: reward models and critics."""
 
+from collections.abc import Callable, Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.batch import Sequences
+from glm_jax.config import Config, Head
+from glm_jax.model import CausalLM, init_model, init_trunk
 from glm_jax.trunk import Segments, Trunk
 from sharding.layout import Layout
 
@@ -23,6 +27,23 @@ def scalar_model(trunk: Trunk, layout: Layout, key: jax.Array) -> ScalarModel:
     width = trunk.config.hidden_size
     w = jax.random.normal(key, (width,), out_sharding=layout.spec("norm")) / (width + 1)
     return ScalarModel(trunk=trunk, w_scalar=w)
+
+
+def init_scalar(config: Config, layout: Layout, key: jax.Array) -> ScalarModel:
+    """A ScalarModel with random float32 weights; call under jax.jit with the layout's mesh set."""
+    trunk_key, head_key = jax.random.split(key)
+    return scalar_model(init_trunk(config, layout, trunk_key), layout, head_key)
+
+
+INIT: Mapping[Head, Callable[[Config, Layout, jax.Array], CausalLM | ScalarModel]] = {
+    Head.VOCABULARY: init_model,
+    Head.SCALAR: init_scalar,
+}
+
+
+def head_of(model: CausalLM | ScalarModel) -> Head:
+    """Which head a model has."""
+    return Head.SCALAR if isinstance(model, ScalarModel) else Head.VOCABULARY
 
 
 def apply_scalar(

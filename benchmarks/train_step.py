@@ -48,9 +48,9 @@ def jax_losses(shared: Path) -> Iterator[float]:
     import jax
 
     from glm_jax.batch import Sequences
-    from glm_jax.config import GLMConfig
+    from glm_jax.config import GLMConfig, Head
     from glm_jax.hf.config import Form
-    from glm_jax.hf.tensors import to_tensors
+    from glm_jax.hf.tensors import Source, to_tensors
     from glm_jax.model import init_model
     from glm_jax.optim import OptimConfig, learning_rate, make_optimizer
     from glm_jax.train import init_state
@@ -65,7 +65,8 @@ def jax_losses(shared: Path) -> Iterator[float]:
         model = jax.jit(partial(init_model, config, layout))(jax.random.key(0))
         schedule = learning_rate(optim, TURNS + 1)
         rates = np.array([schedule(step) for step in range(TURNS + 1)])
-        tensors = to_tensors(config, Form.GLM, host_weights(model, layout))
+        names = Source(config, Form.GLM, Head.VOCABULARY, {})
+        tensors = to_tensors(names, host_weights(model, layout))
         np.savez(shared / "start.npz", **tensors, learning_rates=rates)
         del tensors
         batch = layout.put(Sequences(ids(), everywhere, everywhere & target))

@@ -6,13 +6,17 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rlhf import answers as answers_module
 from rlhf.card import LENGTH_EDGES, Card, Scored, as_json, grade
+from rlhf.card_page import card_table, write_card
+from rlhf.card_plots import bucket_name
 from rlhf.intervals import Estimate, contrast, difference, share
 from rlhf.verdict import GRADES, pairs_needed
 from sharding.errors import UserError
@@ -106,6 +110,9 @@ def test_accuracy_and_the_ruler() -> None:
 
 def test_length_buckets() -> None:
     bounds = [-math.inf, *LENGTH_EDGES, math.inf]
+    names = ["< -255", "-255 to -64", "-63 to -16", "-15 to -1", "0", "1 to 15"]
+    assert [bucket_name(x) for x in CARD.length.buckets[:6]] == names
+    assert bucket_name(CARD.length.buckets[-1]) == "≥ 256"
     for found, low, high in zip(CARD.length.buckets, bounds, bounds[1:], strict=False):
         rows = [row for row in ROWS if low <= row.chosen_tokens - row.rejected_tokens < high]
         assert found.accuracy.count == len(rows) > 0
@@ -529,7 +536,7 @@ def test_the_seed_moves_intervals_alone() -> None:
     assert moved and all(path.endswith((".low", ".high")) or ".verdict." in path for path in moved)
 
 
-# -- errors -----------------------------------------------------------------------------------------------------------
+# -- errors and pages -------------------------------------------------------------------------------------------------
 
 
 def test_user_errors_are_one_line() -> None:
@@ -546,3 +553,33 @@ def test_user_errors_are_one_line() -> None:
         with pytest.raises(UserError, match=message) as caught:
             grade(scored)
         assert "\n" not in str(caught.value)
+
+
+def test_the_page_holds_everything_and_escapes_names(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>[bold]"
+    scored = SCORED._replace(task=[evil] * len(ROWS), annotator=[evil] * len(ROWS))
+    history = [{"step": n, "score_mean": 0.1 * n, "score_std": 1.0} for n in range(5)]
+    card = grade(scored, history)
+    path = write_card(card, tmp_path / "new")
+    text = path.read_text(encoding="utf-8")
+    assert path.name == "card.html"
+    assert "<script" not in text and text.count("&lt;script&gt;") == 2
+    assert not re.search(r"url\(|@import|https?:", text)
+    pictures = re.findall(r'<img alt="(.*?)" src="data:image/png;base64,iVBOR', text)
+    assert pictures == ["Calibration", "Accuracy by length", "Margins", "Scores in training"]
+    assert text.count("<img") == 4
+    assert card.verdict.grade in text and f"{card.accuracy.value:.1%}" in text
+    assert json.loads((tmp_path / "new" / "card.json").read_text("utf-8")) == as_json(card)
+
+
+def test_the_table_fits_and_shows_the_largest_groups() -> None:
+    names = [f"[bold]{number % 13}" for number in range(len(ROWS))]
+    card = grade(SCORED._replace(annotator=names))
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(card_table(card))
+    lines = capture.get().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    text = " ".join(" ".join(lines).split())
+    assert "[bold]0" in text and "and 3 more" in text
+    assert card.verdict.grade in text and " ".join(card.verdict.sentences) in text

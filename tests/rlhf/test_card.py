@@ -393,6 +393,16 @@ def one_task(quality: np.ndarray, tokens: np.ndarray, first: np.ndarray, rng: An
 MODELS: dict[str, tuple[Scorer, str, str]] = {
     "length alone": (lambda q, n, f, r: n / 500, "a length ruler", "prefers the longer answer in 100.0%"),
     "brevity alone": (lambda q, n, f, r: -n / 500, "a length ruler", "prefers the shorter answer in 100.0%"),
+    "nearly length": (
+        lambda q, n, f, r: n / 500 + 0.1 * r.normal(size=q.shape),
+        "a length ruler",
+        "prefers the longer answer in ",
+    ),
+    "nearly brevity": (
+        lambda q, n, f, r: 0.1 * r.normal(size=q.shape) - n / 500,
+        "a length ruler",
+        "prefers the shorter answer in 88",
+    ),
     "constant": (lambda q, n, f, r: 0.1 + 0 * q, "says nothing", "same score"),
     "nearly constant": (
         lambda q, n, f, r: np.where(r.random(q.shape) < 0.02, q, 0.0),
@@ -447,6 +457,16 @@ def test_a_perfect_model_of_certain_judges_is_not_overconfident() -> None:
     assert card.accuracy.value == 1.0
     assert card.calibration.ece == approx(0) and card.calibration.nll == approx(0)
     assert card.verdict.grade == "good"
+
+
+def test_a_lean_that_is_sure_but_small_is_no_bias() -> None:
+    card = grade(judged(lambda q, n, f, r: 3 * q + 0.3 * f, prompts=5000))
+    assert card.position.lean.above(0) and card.verdict.grade == "good"
+
+
+@pytest.mark.parametrize("name", ["constant", "nearly constant"])
+def test_nothing_else_is_said_of_a_model_that_says_nothing(name: str) -> None:
+    assert len(grade(judged(MODELS[name][0])).verdict.sentences) == 2
 
 
 def test_few_pairs_say_how_many_more() -> None:
@@ -542,12 +562,12 @@ def test_the_seed_moves_intervals_alone() -> None:
 def test_user_errors_are_one_line() -> None:
     empty = reordered(SCORED, np.zeros(0, int))
     broken = SCORED.chosen.copy()
-    broken[[3, 5]] = np.nan, np.inf
+    broken[[3, 5, 7]] = np.nan, np.inf, 1e200
     lost = SCORED.rejected.copy()
     lost[9] = -1e200
     for scored, message in (
         (empty, "no judged pairs"),
-        (SCORED._replace(chosen=broken, rejected=lost), f"3 of {len(ROWS)} pairs .* first in row 3:"),
+        (SCORED._replace(chosen=broken, rejected=lost), f"4 of {len(ROWS)} pairs .* first in row 3:"),
         (SCORED._replace(task=["a"]), f"1 rows of task, but {len(ROWS)} of chosen"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message) as caught:
@@ -581,5 +601,5 @@ def test_the_table_fits_and_shows_the_largest_groups() -> None:
     lines = capture.get().splitlines()
     assert all(len(line) <= 80 for line in lines)
     text = " ".join(" ".join(lines).split())
-    assert "[bold]0" in text and "and 3 more" in text
+    assert text.count("[bold]") == 10 and "and 3 more" in text
     assert card.verdict.grade in text and " ".join(card.verdict.sentences) in text

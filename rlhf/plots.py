@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -60,25 +61,37 @@ def read_curves(path: Path) -> dict[str, dict[str, Curve]]:
 
 def draw(plot: Plot, curves: Mapping[str, Curve]) -> bytes:
     """PNG of some curves (name in the legend -> curve): every step faint, their running mean strong."""
-    figure = Figure(figsize=(4.4, 2.7), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = blank(plot.title, "step", plot.unit)
     for (name, (steps, values)), colour in zip(curves.items(), COLOURS, strict=False):
         if len(values) > 1:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
             axes.plot(steps, running_mean(values), color=colour, linewidth=1.8, label=name)
         else:
             axes.plot(steps, values, "o", color=colour, label=name)
-    axes.set_title(plot.title, fontsize=10, fontweight="bold", loc="left", color="#1f2933")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.set_xlabel("step", fontsize=8, color="#52606d")
-    axes.set_ylabel(plot.unit, fontsize=8, color="#52606d")
-    axes.tick_params(labelsize=8, colors="#52606d", length=0)
-    axes.grid(color="#e4e7eb", linewidth=0.8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#cbd2d9")
     axes.margins(x=0.01)
     if len(curves) > 1:
         axes.legend(fontsize=8, frameon=False)
+    return png(figure)
+
+
+def blank(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    """An empty picture in the style of all of them; `x` and `y` name its axes."""
+    figure = Figure(figsize=(4.4, 2.7), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10, fontweight="bold", loc="left", color="#1f2933")
+    axes.set_xlabel(x, fontsize=8, color="#52606d")
+    axes.set_ylabel(y, fontsize=8, color="#52606d")
+    axes.tick_params(labelsize=8, colors="#52606d", length=0)
+    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#cbd2d9")
+    return figure, axes
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as PNG."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     return picture.getvalue()

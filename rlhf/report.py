@@ -201,9 +201,17 @@ def _html_plots(curves: Mapping[str, Mapping[str, Curve]]) -> str:
             if metric in curves.get(plot.stage, {})
         }
         if drawn:
-            data = base64.b64encode(draw(plot, drawn)).decode("ascii")
-            pictures.append(f'<img alt="{plot.title}" src="data:image/png;base64,{data}">')
-    return f'<div class="plots">{"".join(pictures)}</div>' if pictures else ""
+            pictures.append((plot.title, draw(plot, drawn)))
+    return html_pictures(pictures)
+
+
+def html_pictures(pictures: Sequence[tuple[str, bytes]]) -> str:
+    """(title, PNG) side by side, inside the page."""
+    images = (
+        f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(data).decode("ascii")}">'
+        for title, data in pictures
+    )
+    return f'<div class="plots">{"".join(images)}</div>' if pictures else ""
 
 
 def _html_samples(samples: Sequence[Sample]) -> str:

@@ -7,6 +7,7 @@ sharding mode, so a wrong entry is an error while tracing, never a silent all-ga
 
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -274,8 +275,16 @@ def factorisations(num_devices: int) -> Iterator[Layout]:
                     yield Layout(pipe, data, fsdp, tensor, microbatches=pipe, repeats=2)
 
 
+THREADS_PER_DEVICE = 4  # collectives that may wait at a time on a simulated device
+
+
 def use_devices(count: int | None, processes: int = 1) -> None:
     """Simulate `count` devices in all `processes` where JAX runs on CPU; None leaves what the platform has.
+
+    XLA has as many threads as there are processors or simulated devices, and a collective holds one of each device's
+    until the other devices come. Where two collectives do not depend on each other, the devices may begin with
+    different ones, and then nobody comes: with 8 devices on 2 processors it was seen to end in a time-out. NPROC is
+    XLA's own name for how many threads to make.
 
     Raises UserError where `count` is not positive or does not divide over the processes, or where JAX has already
     counted its devices.
@@ -288,6 +297,9 @@ def use_devices(count: int | None, processes: int = 1) -> None:
         raise UserError(
             f"--devices {count} does not divide over {processes} processes: it counts those of all of them"
         )
+    os.environ.setdefault(
+        "NPROC", str(max(THREADS_PER_DEVICE * count // processes, os.cpu_count() or 1))
+    )
     try:
         jax.config.update("jax_num_cpu_devices", count // processes)
     except RuntimeError as error:

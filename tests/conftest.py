@@ -13,13 +13,14 @@ if TYPE_CHECKING:  # importing it for real comes after the hook below
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
-jax.config.update("jax_num_cpu_devices", 8)
-
 # Before any module of ours is imported. With PEP 484's tower an int may stand for a float, as mypy has it.
 jaxtyping.install_import_hook(
     ["sharding", "glm_jax", "rlhf"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+from sharding.layout import use_devices  # noqa: E402
+
+use_devices(8)
 
 
 def pytest_configure(config: pytest.Config) -> None:

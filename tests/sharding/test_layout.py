@@ -1,6 +1,10 @@
 """The table of logical axes, and what is refused."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -75,3 +79,22 @@ def test_put_splits_rows_over_the_batch_axes() -> None:
         x = layout.put(np.arange(32).reshape(16, 2))
         assert jax.typeof(x).sharding.spec == PartitionSpec(("data", "fsdp"), None)
         assert {s.data.shape for s in x.addressable_shards} == {(2, 2)}
+
+
+def test_simulated_devices_get_threads_enough_for_collectives_that_wait() -> None:
+    """In a process of its own, whose JAX has not counted anything; without it XLA has one thread a device."""
+    code = (
+        "import os, jax; from sharding.layout import use_devices; use_devices(8); jax.devices();"
+        "names = [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')];"
+        "print(sum('XLAEigen' in name for name in names))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "NPROC"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) >= 32

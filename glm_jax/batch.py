@@ -1,7 +1,7 @@
-"""The three kinds of batch that travel from the input pipelines to the jitted programs.
+"""The kinds of batch that travel from the input pipelines to the jitted programs.
 
 All are NamedTuples, hence pytrees: NumPy arrays on the host, `jax.Array` on the mesh.
-B batch, T tokens, P prompt tokens.
+B batch, T tokens, P prompt tokens, J judged pairs of a row.
 """
 
 from typing import Any, NamedTuple
@@ -25,6 +25,23 @@ class Pairs(NamedTuple):
 
     chosen: Sequences
     rejected: Sequences
+
+
+class Judged(NamedTuple):
+    """Judged pairs, one a row, and what each counts for."""
+
+    pairs: Pairs
+    weight: Array  # float32 [B], 0 at padding
+
+
+class Packed(NamedTuple):
+    """Judged pairs, several answers a row, each with its prompt before it; an answer may stand in several pairs."""
+
+    ids: Array  # int32 [B, T]
+    segments: Array  # int32 [B, T], number of the answer in its row, from 1; 0 at padding
+    chosen_end: Array  # int32 [B, J], column of the last token of the preferred answer
+    rejected_end: Array  # int32 [B, J]
+    weight: Array  # float32 [B, J], 0 where there is no pair
 
 
 class Prompts(NamedTuple):

@@ -111,8 +111,9 @@ def train(
     layout: Layout,
     report: Report,
 ) -> TrainState:
-    """Run `num_steps` updates over `batches` of host arrays, reporting every one."""
-    for step in range(1, num_steps + 1):
+    """Run `num_steps` more updates over `batches` of host arrays, reporting every one."""
+    done = int(state.step)
+    for step in range(done + 1, done + num_steps + 1):
         batch = layout.put(next(batches))
         tokens = num_tokens(batch)
         state, metrics = update(state, batch)

@@ -29,7 +29,7 @@ from glm_jax.train import (
     num_tokens,
     train,
 )
-from rlhf.reward import interleave, num_pairs
+from rlhf.reward import interleave
 from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -94,7 +94,7 @@ Counts = tuple[int, jax.Array]  # pairs, SFT target tokens
 def counts(batch: Batch) -> Counts:
     """What the two losses of a batch are divided by."""
     labelled, sft_batch = batch
-    return num_pairs(labelled.pairs), num_targets(sft_batch)
+    return int(labelled.ref_logp.shape[0]), num_targets(sft_batch)
 
 
 def pair_loss(

@@ -148,14 +148,14 @@ def _facts(summary: Summary) -> Iterable[tuple[str, str]]:
 
 def _reward_model_fact(reward_model: Summary) -> str:
     text = f"picks the answer people prefer in {reward_model['accuracy']:.1%}"
-    if "accuracy_se" in reward_model:
-        text += f" ± {reward_model['accuracy_se']:.1%}"
+    if reward_model.get("accuracy_low") is not None:
+        text += f" ({reward_model['accuracy_low']:.1%} to {reward_model['accuracy_high']:.1%})"
     text += (
         f" of {reward_model['num_pairs']:,} held-out pairs" if "num_pairs" in reward_model else ""
     )
-    if "length_only_accuracy" in reward_model:
+    if reward_model.get("length_only_accuracy") is not None:
         text += f" (by length alone: {reward_model['length_only_accuracy']:.1%})"
-    return text
+    return text + (f"; grade: {reward_model['grade']}" if "grade" in reward_model else "")
 
 
 def _sections(

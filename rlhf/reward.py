@@ -1,20 +1,19 @@
 """The reward model of ChatGLM-RLHF: pairwise loss and a prior on the scores."""
 
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from glm_jax.batch import Pairs, Sequences
+from glm_jax.batch import Judged, Packed, Pairs, Sequences
 from glm_jax.metrics import Deviation, Metric, Shares
 from glm_jax.optim import OptimConfig, make_optimizer
-from glm_jax.scalar import ScalarModel, sequence_scores
+from glm_jax.scalar import ScalarModel, apply_scalar, sequence_scores
 from glm_jax.train import Report, Update, init_state, make_update, train
 from sharding.layout import Layout
 from sharding.processes import fetch
@@ -27,6 +26,9 @@ class RewardConfig:
     steps: int = 400
     batch_size: int = 64  # pairs an update
     l2_weight: float = 0.001  # of the score prior; not in the paper (its later code has 0.001)
+    # answers packed into rows of so many tokens, `batch_size` counting rows; None: a pair a row. Not in the paper
+    pack_length: int | None = None
+    eval_every: int = 0  # updates between looks at the held-out pairs; 0: none in between
     optim: OptimConfig = OptimConfig(learning_rate=5e-6)
 
 
@@ -41,90 +43,127 @@ def interleave(pairs: Pairs) -> Sequences:
     return jax.tree.map(merge, pairs.chosen, pairs.rejected)
 
 
-def pair_scores(
-    model: ScalarModel, pairs: Pairs, layout: Layout
-) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Scores of the chosen and of the rejected answers."""
-    scores = sequence_scores(model, interleave(pairs), layout)
+Batch = Judged | Packed
+
+
+def pair_scores(model: ScalarModel, batch: Batch, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Scores of the preferred and of the other answers, float32 in the shape of the batch's weights."""
+    if isinstance(batch, Packed):
+        values = apply_scalar(model, batch.ids, batch.segments, layout)
+        return _at(values, batch.chosen_end), _at(values, batch.rejected_end)
+    scores = sequence_scores(model, interleave(batch.pairs), layout)
     both = jnp.reshape(scores, (-1, 2), out_sharding=layout.spec("batch", None))
     return both[:, 0], both[:, 1]
 
 
-def num_pairs(pairs: Pairs) -> int:
-    """Pairs of a batch."""
-    return int(pairs.chosen.ids.shape[0])
+def _at(values: Float[Array, "B T"], column: Int[Array, "B J"]) -> Float[Array, "B J"]:
+    """values[b, column[b, j]], as a sum so that rows stay on their device."""
+    hit = column[:, :, None] == jnp.arange(values.shape[1])
+    return jnp.sum(jnp.where(hit, values[:, None], 0.0), axis=-1)
+
+
+def total_weight(batch: Batch) -> Float[Array, ""]:
+    """What the pairs of a batch count for together; of nothing but padding a tiny number, to divide by."""
+    return jnp.maximum(jnp.sum(batch.weight), jnp.finfo(jnp.float32).tiny)
 
 
 def reward_loss(
-    model: ScalarModel, pairs: Pairs, count: int, layout: Layout, l2_weight: float
+    model: ScalarModel, batch: Batch, count: Float[Array, ""], layout: Layout, l2_weight: float
 ) -> tuple[jax.Array, Shares]:
-    """L_RM + l2_weight * L_REG, mean over the `count` pairs of the batch.
+    """L_RM + l2_weight * L_REG, a mean over judged pairs whose weights sum to `count` in the whole batch.
 
     L_RM = -log sigmoid(r_w - r_l) (arXiv 2404.00934, eq. 1); L_REG = r_w^2 + r_l^2, a zero-mean Gaussian prior on
-    scores (ibid., section 3.1.3), because eq. 1 fixes no scale and no origin.
+    scores (ibid., section 3.1.3), because eq. 1 fixes no scale and no origin. Weights are not in the paper: with them a
+    ranking of K answers counts as one and not as its K (K - 1) / 2 pairs.
     """
-    chosen, rejected = pair_scores(model, pairs, layout)
-    ranking = -jax.nn.log_sigmoid(chosen - rejected)
+    chosen, rejected = pair_scores(model, batch, layout)
+
+    def mean(values: jax.Array) -> jax.Array:
+        return jnp.sum(batch.weight * values) / count
+
     prior = chosen**2 + rejected**2
-    mean = jnp.sum(chosen + rejected) / (2 * count)
+    score_mean = mean(chosen + rejected) / 2
     metrics: dict[str, Metric] = {
-        "accuracy": jnp.sum(chosen > rejected) / count,
-        "margin": jnp.sum(chosen - rejected) / count,
-        "score_mean": mean,
-        "score_std": Deviation(mean, jnp.sum(prior) / (2 * count)),
+        "accuracy": mean((chosen > rejected).astype(jnp.float32)),
+        "margin": mean(chosen - rejected),
+        "score_mean": score_mean,
+        "score_std": Deviation(score_mean, mean(prior) / 2),
     }
-    return jnp.sum(ranking + l2_weight * prior) / count, metrics
+    return mean(-jax.nn.log_sigmoid(chosen - rejected) + l2_weight * prior), metrics
 
 
 def reward_update(
     config: RewardConfig, optimizer: optax.GradientTransformation, layout: Layout
 ) -> Update:
-    """The update of `glm_jax.train.make_update` on Pairs."""
+    """The update of `glm_jax.train.make_update` on Judged or Packed."""
     loss = partial(reward_loss, layout=layout, l2_weight=config.l2_weight)
-    return make_update(loss, num_pairs, optimizer, layout)
+    return make_update(loss, total_weight, optimizer, layout)
+
+
+Evaluate = Callable[[ScalarModel], Mapping[str, float]]
 
 
 def train_reward(
     model: ScalarModel,
     config: RewardConfig,
-    batches: Iterator[Pairs],
+    batches: Iterator[Batch],
     layout: Layout,
     report: Report,
+    evaluate: Evaluate | None = None,
 ) -> ScalarModel:
-    """A copy of `model` after `config.steps` updates. Raises UserError on a batch that does not divide."""
+    """A copy of `model` after `config.steps` updates; `evaluate` adds to the metrics of every `eval_every`-th one.
+
+    Raises UserError on a batch that does not divide.
+    """
     layout.check_batch(config.batch_size, "reward.batch_size")
     optimizer = make_optimizer(config.optim, config.steps)
     update = reward_update(config, optimizer, layout)
     state = init_state(model, optimizer)
-    return train(state, update, batches, config.steps, layout, report).model
+    every = config.eval_every if evaluate is not None and config.eval_every else config.steps
+    newest: list[tuple[int, Mapping[str, float], int]] = []  # until what is found after it is known
+
+    def tell(found: Mapping[str, float]) -> None:
+        for step, metrics, tokens in newest:
+            report(step, {**metrics, **found}, tokens)
+        newest.clear()
+
+    def told(step: int, metrics: Mapping[str, float], tokens: int) -> None:
+        tell({})
+        newest.append((step, metrics, tokens))
+
+    for start in range(0, config.steps, every):
+        count = min(every, config.steps - start)
+        state = train(state, update, batches, count, layout, told)
+        tell(evaluate(state.model) if evaluate is not None and config.eval_every else {})
+    return state.model
 
 
-def evaluate_reward(
-    model: ScalarModel, batches: Iterable[Pairs], layout: Layout
-) -> dict[str, float | int]:
-    """Accuracy over all pairs with its standard error, and that of a scorer that only sees length.
+class Heldout:
+    """Held-out pairs, scored whenever asked by one compiled program."""
 
-    Rows without a valid token fill the last batch and do not count. Equal scores count one half.
-    """
+    def __init__(self, batches: Iterable[Judged], layout: Layout) -> None:
+        self._batches = list(batches)
+        self._layout = layout
+        self._score = jax.jit(partial(pair_scores, layout=layout))
 
-    @jax.jit
-    def gaps(model: ScalarModel, pairs: Pairs) -> tuple[jax.Array, jax.Array, jax.Array]:
-        chosen, rejected = pair_scores(model, pairs, layout)
-        longer = jnp.sum(pairs.chosen.target, axis=1) - jnp.sum(pairs.rejected.target, axis=1)
-        return chosen - rejected, longer, jnp.any(pairs.chosen.valid, axis=1)
+    def scores(self, model: ScalarModel) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of the preferred and of the other answers, float32 [P]; rows of padding are left out."""
+        sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+        for batch in self._batches:
+            scores = fetch(self._score(model, self._layout.put(batch)))
+            real = np.asarray(batch.weight) > 0
+            for side, found in zip(sides, scores, strict=True):
+                side.append(found[real])
+        return np.concatenate(sides[0]), np.concatenate(sides[1])
 
-    margins, length_gaps = [], []
-    for pairs in batches:
-        margin, longer, real = fetch(gaps(model, layout.put(pairs)))
-        margins.append(margin[real])
-        length_gaps.append(longer[real])
-    accuracy, length_only = (
-        float(np.mean((np.sign(np.concatenate(x)) + 1) / 2)) for x in (margins, length_gaps)
-    )
-    count = sum(map(len, margins))
-    return {
-        "accuracy": accuracy,
-        "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / count),
-        "length_only_accuracy": length_only,
-        "num_pairs": count,
-    }
+    def __call__(self, model: ScalarModel) -> Mapping[str, float]:
+        """Accuracy (equal scores count one half) and the loss of eq. 1 in nats, both means over weights."""
+        weight = np.concatenate([np.asarray(batch.weight) for batch in self._batches])
+        weight = weight[weight > 0].astype(np.float64)
+        chosen, rejected = self.scores(model)
+        margin = chosen.astype(np.float64) - rejected
+        right, loss = (np.sign(margin) + 1) / 2, np.logaddexp(0.0, -margin)
+        return {
+            "heldout_accuracy": float(np.average(right, weights=weight)),
+            "heldout_loss": float(np.average(loss, weights=weight)),
+        }

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm_jax.batch import Pairs, Prompts, Sequences
+from glm_jax.batch import Prompts, Sequences
 from glm_jax.checkpoint import (
     Card,
     card_of,
@@ -24,14 +24,15 @@ from glm_jax.model import CausalLM, init_model
 from glm_jax.sampler import Sampler
 from glm_jax.scalar import ScalarModel, scalar_model
 from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer, load_tokenizer
-from rlhf.data.batches import in_order, pair_rows, prompt_rows, sft_rows, shuffled
+from rlhf.card.page import write_card
+from rlhf.data.batches import in_order, prompt_rows, sft_rows, shuffled
 from rlhf.data.prepare import prepare
 from rlhf.data.records import Splits, prompt_text
 from rlhf.dpo import sample_pairs, train_dpo
 from rlhf.evaluate import Answers, answer, heldout_nll, load_judge, win_tie_lose
 from rlhf.ppo import Models, reference_scores, train_ppo
 from rlhf.recipe import Recipe, check
-from rlhf.reward import evaluate_reward, train_reward
+from rlhf.reward_stage import JudgedData, judged_data, reward_stage, summary_of
 from rlhf.runlog import RunLog
 from rlhf.sft import train_sft
 from sharding.disk.directory import write_json
@@ -45,8 +46,7 @@ class Data:
 
     sft: Sequences
     heldout_sft: Sequences
-    pairs: Pairs
-    heldout_pairs: Pairs
+    judged: JudgedData
     prompts: Prompts
     heldout_prompts: Prompts
     heldout_texts: list[str]
@@ -121,13 +121,13 @@ class _Run:
 
     def note_left_out(self, splits: Splits) -> None:
         """Say how many training examples were too long."""
-        for name, kept, records in (
-            ("SFT examples", self.data.sft.ids, splits.sft.train),
-            ("pairs", self.data.pairs.chosen.ids, splits.preferences.train),
+        for name, left_out, records in (
+            ("SFT examples", len(splits.sft.train) - len(self.data.sft.ids), splits.sft.train),
+            ("pairs", self.data.judged.left_out, splits.preferences.train),
         ):
-            if len(kept) < len(records):
+            if left_out:
                 self.log.note(
-                    f"data: {len(records) - len(kept)} of {len(records)} {name} are longer than "
+                    f"data: {left_out} of {len(records)} {name} are longer than "
                     f"length = {self.recipe.length} tokens and are left out"
                 )
 
@@ -178,15 +178,15 @@ class _Run:
             self.save("sft", model)
         return model
 
-    def train_reward(self, sft: CausalLM) -> tuple[ScalarModel, dict[str, float | int]]:
+    def train_reward(self, sft: CausalLM) -> tuple[ScalarModel, dict[str, Any]]:
         config, layout = self.recipe.reward, self.layout
         with self.log.stage("reward", total=config.steps) as stage:
-            batches = shuffled(self.data.pairs, config.batch_size, self.recipe.seed)
             start = scalar_model(sft.trunk, layout, self.key("reward"))
-            model = train_reward(start, config, batches, layout, stage.step)
+            seed, judged = self.recipe.seed, self.data.judged
+            model, card = reward_stage(start, config, judged, seed, layout, stage.step)
             self.save("reward", model)
-            heldout = in_order(self.data.heldout_pairs, config.batch_size)
-            return model, evaluate_reward(model, heldout, layout)
+            on_first(partial(write_card, card, self.directory / "reward"))
+            return model, summary_of(card)
 
     def train_ppo(self, sft: CausalLM, reward: ScalarModel) -> tuple[CausalLM, dict[str, float]]:
         """PPO from the SFT model; the critic starts from the SFT trunk."""
@@ -320,13 +320,11 @@ def tokenized(splits: Splits, tokenizer: Tokenizer, recipe: Recipe) -> Data:
     """The splits as token arrays. Raises UserError on a record that is too long."""
     heldout = splits.prompts.heldout[: recipe.evaluate.num_prompts]
     sft = partial(sft_rows, tokenizer=tokenizer, length=recipe.length)
-    pairs = partial(pair_rows, tokenizer=tokenizer, length=recipe.length)
     prompts = partial(prompt_rows, tokenizer=tokenizer, prompt_length=recipe.prompt_length)
     return Data(
         sft=sft(splits.sft.train),
         heldout_sft=sft(splits.sft.heldout),
-        pairs=pairs(splits.preferences.train),
-        heldout_pairs=pairs(splits.preferences.heldout),
+        judged=judged_data(splits.preferences, tokenizer, recipe.length, recipe.reward),
         prompts=prompts(splits.prompts.train[: recipe.max_prompts]),
         heldout_prompts=prompts(heldout),
         heldout_texts=[prompt_text(record.prompt) for record in heldout],

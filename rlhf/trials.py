@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from glm_jax.batch import Pairs, Prompts, Sequences
+from glm_jax.batch import Judged, Pairs, Prompts, Sequences
 from glm_jax.config import Config, GLMV1Config
 from glm_jax.generate import SamplingConfig
 from glm_jax.model import CausalLM, init_model
@@ -215,7 +215,12 @@ def _pairs(config: Config, number: int, rows: int) -> Pairs:
 def reward_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
     """The reward model."""
     optimizer = _optimizer(steps)
-    batches = [_pairs(config, i, rows) for i in range(steps)]
+    batches = [
+        Judged(
+            _pairs(config, i, rows), _rng(f"weight {i}").uniform(0.2, 1, rows).astype(np.float32)
+        )
+        for i in range(steps)
+    ]
     update = reward_update(RewardConfig(l2_weight=0.1), optimizer, layout)
     return _updates(place_scorer(config, layout), optimizer, update, batches, layout)
 

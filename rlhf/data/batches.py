@@ -15,9 +15,9 @@ import grain
 import jax
 import numpy as np
 
-from glm_jax.batch import Pairs, Prompts, Sequences
+from glm_jax.batch import Prompts, Sequences
 from glm_jax.tokenizers import Tokenizer, pad_left, pad_right
-from rlhf.data.records import Example, Preference, Prompt, prompt_text
+from rlhf.data.records import Example, Prompt, prompt_text
 from sharding.errors import UserError
 
 Rows = TypeVar("Rows", bound=tuple[Any, ...])  # any NamedTuple of arrays [N, ...], or of such
@@ -63,37 +63,10 @@ def sft_rows(records: Sequence[Example], tokenizer: Tokenizer, length: int) -> S
         for record in records
     ]
     fitting = [(ids, target) for ids, target in examples if len(ids) <= length]
-    _require_some("sft", len(fitting), length)
+    require_some("sft", len(fitting), length)
     ids, valid = pad_right([ids for ids, _ in fitting], length)
     target, _ = pad_right([target for _, target in fitting], length)
     return Sequences(ids, valid, target.astype(bool))
-
-
-def pair_rows(records: Sequence[Preference], tokenizer: Tokenizer, length: int) -> Pairs:
-    """Tokenise pairs, padded right to `length`; only the two answers are targets, not earlier ones.
-
-    Pairs with an answer that makes more than `length` tokens are left out. Raises UserError where
-    none fits.
-    """
-    sides: tuple[list[list[int]], list[list[int]]] = ([], [])
-    starts: list[int] = []
-    for record in records:
-        both = [
-            tokenizer.chat_example([*record.prompt, {"role": "assistant", "content": answer}])[0]
-            for answer in (record.chosen, record.rejected)
-        ]
-        if max(map(len, both)) <= length:
-            starts.append(len(tokenizer.chat_prompt(record.prompt)))
-            for side, ids in zip(sides, both, strict=True):
-                side.append(ids)
-    _require_some("preferences", len(starts), length)
-    answered = np.arange(length) >= np.array(starts)[:, None]
-
-    def rows(side: list[list[int]]) -> Sequences:
-        ids, valid = pad_right(side, length)
-        return Sequences(ids, valid, valid & answered)
-
-    return Pairs(chosen=rows(sides[0]), rejected=rows(sides[1]))
 
 
 def prompt_rows(records: Sequence[Prompt], tokenizer: Tokenizer, prompt_length: int) -> Prompts:
@@ -147,7 +120,7 @@ def _take(rows: Rows, index: np.ndarray) -> Rows:
     return taken
 
 
-def _require_some(table: str, count: int, length: int) -> None:
+def require_some(table: str, count: int, length: int) -> None:
     """Raise UserError when no record fits."""
     if not count:
         raise UserError(f"{table}: no record fits into length = {length} tokens; raise the length")

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from glm_jax.batch import Pairs, Prompts, Sequences
+from glm_jax.batch import Judged, Prompts, Sequences
 from glm_jax.tokenizers import ChatGLM3Tokenizer
-from rlhf.data.batches import in_order, pair_rows, prompt_rows, sft_rows, shuffled
+from rlhf.data.batches import in_order, prompt_rows, sft_rows, shuffled
+from rlhf.data.pair_rows import judged_rows, token_pairs
 from rlhf.data.records import Example, Preference, Prompt, user_turn
 from sharding.errors import UserError
 
@@ -23,6 +24,10 @@ def whole(batch: Batch) -> Batch:
     """All rows of a batch, looked up."""
     looked_up: Batch = jax.tree.map(np.asarray, batch)
     return looked_up
+
+
+def judged(records: list[Preference], tokenizer: ChatGLM3Tokenizer, length: int) -> Judged:
+    return judged_rows(records, token_pairs(records, tokenizer, length), length)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +43,8 @@ def sequences(tokenizer: ChatGLM3Tokenizer) -> Sequences:
 
 
 @pytest.fixture(scope="module")
-def pairs(tokenizer: ChatGLM3Tokenizer) -> Pairs:
-    return pair_rows(
+def pairs(tokenizer: ChatGLM3Tokenizer) -> Judged:
+    return judged(
         [Preference(user_turn(w), "很亮", "太旧，" * (i % 3 + 1)) for i, w in enumerate(WORDS)],
         tokenizer,
         LENGTH,
@@ -73,7 +78,7 @@ def test_pairs_share_the_prompt_and_count_only_the_last_answer(
         {"role": "assistant", "content": "很亮"},
         {"role": "user", "content": "毛巾"},
     )
-    pair = pair_rows([Preference(talk, "还行。", "太旧")], tokenizer, 40)
+    pair = judged([Preference(talk, "还行。", "太旧")], tokenizer, 40).pairs
     start = len(tokenizer.chat_prompt(talk))
     for side, text in ((pair.chosen, "还行。"), (pair.rejected, "太旧")):
         answer = side.ids[0][side.target[0]]
@@ -131,7 +136,7 @@ def test_a_restored_iterator_goes_on_exactly(table: str, request: pytest.Fixture
 
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 16])
 def test_evaluation_sees_every_row_in_order_and_fills_up_with_padding(
-    prompts: Prompts, pairs: Pairs, batch_size: int
+    prompts: Prompts, pairs: Judged, batch_size: int
 ) -> None:
     batches = [whole(batch) for batch in in_order(prompts, batch_size)]
     assert all(batch.ids.shape == (batch_size, PROMPT_LENGTH) for batch in batches)
@@ -142,8 +147,9 @@ def test_evaluation_sees_every_row_in_order_and_fills_up_with_padding(
     assert valid.any(axis=1).tolist() == [True] * 11 + [False] * missing
     last = whole(list(in_order(pairs, batch_size))[-1])
     if missing:
-        for side in (last.chosen, last.rejected):
+        for side in last.pairs:
             assert not any(array[-missing:].any() for array in side)
+        assert not last.weight[-missing:].any() and last.weight[:-missing].all()
 
 
 def test_a_batch_looks_up_the_rows_it_is_asked_for() -> None:
@@ -175,10 +181,10 @@ def test_training_records_that_do_not_fit_are_left_out_whole(tokenizer: ChatGLM3
     both = sft_rows([Example(prompt, long), Example(prompt, "很亮")], tokenizer, 32)
     assert all((a == b).all() for a, b in zip(short, both, strict=True))
     kept = [Preference(prompt, "很亮", long), Preference(prompt, "很亮", "很暗")]
-    pairs = pair_rows(kept, tokenizer, 32)
+    pairs = judged(kept, tokenizer, 32).pairs
     assert (pairs.chosen.ids == short.ids).all() and len(pairs.rejected.ids) == 1
     with pytest.raises(UserError, match="preferences: no record fits into length = 32 tokens"):
-        pair_rows(kept[:1], tokenizer, 32)
+        judged(kept[:1], tokenizer, 32)
 
 
 def test_one_token_less_than_a_record_needs_is_too_short(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.batch import Pairs, Sequences
+from glm_jax.batch import Judged, Pairs, Sequences
 from glm_jax.config import GLMConfig
 from glm_jax.loss import token_kl, token_logprobs
 from glm_jax.metrics import finished
@@ -16,7 +16,7 @@ from glm_jax.model import init_trunk
 from glm_jax.scalar import apply_scalar, last_token, scalar_model, sequence_scores
 from rlhf.dpo import best_and_worst, dpo_loss
 from rlhf.evaluate import distinct_n, win_tie_lose
-from rlhf.reward import evaluate_reward, interleave, pair_scores, reward_loss
+from rlhf.reward import interleave, pair_scores, reward_loss, total_weight
 from sharding.layout import Layout
 
 LAYOUT = Layout()
@@ -57,21 +57,27 @@ def test_reward_loss_against_a_loop(small: GLMConfig) -> None:
     with jax.set_mesh(LAYOUT.mesh()):
         trunk = jax.jit(partial(init_trunk, small, LAYOUT))(jax.random.key(0))
         model = scalar_model(trunk, LAYOUT, jax.random.key(1))
-        pairs = LAYOUT.put(_pairs(6))
-        chosen, rejected = pair_scores(model, pairs, LAYOUT)
-        loss, shares = reward_loss(model, pairs, 6, LAYOUT, 0.3)
-        apart = sequence_scores(model, pairs.rejected, LAYOUT)
+        weights = [1.0, 0.5, 0.5, 2.0, 0.1, 0.0]  # the last row is padding
+        judged = LAYOUT.put(Judged(_pairs(6), np.array(weights, np.float32)))
+        chosen, rejected = pair_scores(model, judged, LAYOUT)
+        loss, shares = reward_loss(model, judged, total_weight(judged), LAYOUT, 0.3)
+        apart = sequence_scores(model, judged.pairs.rejected, LAYOUT)
     np.testing.assert_allclose(rejected, apart, atol=1e-6)
-    expected = 0.0
-    for better, worse in zip(chosen.tolist(), rejected.tolist(), strict=True):
-        expected += math.log(1 + math.exp(worse - better)) + 0.3 * (better**2 + worse**2)
-    assert float(loss) == pytest.approx(expected / 6, rel=1e-5)
-    wins = sum(b > w for b, w in zip(chosen.tolist(), rejected.tolist(), strict=True))
-    metrics = finished(shares)
-    assert float(metrics["accuracy"]) == pytest.approx(wins / 6)
-    scores = np.concatenate([chosen, rejected])
-    assert float(metrics["score_mean"]) == pytest.approx(float(scores.mean()), rel=1e-5)
-    assert float(metrics["score_std"]) == pytest.approx(float(scores.std()), rel=1e-4)
+    rows = list(zip(chosen.tolist(), rejected.tolist(), weights, strict=True))
+    expected = wins = total = squares = 0.0
+    for better, worse, weight in rows:
+        prior = better**2 + worse**2
+        expected += weight * (math.log(1 + math.exp(worse - better)) + 0.3 * prior)
+        wins += weight * (better > worse)
+        total += weight * (better + worse) / 2
+        squares += weight * prior / 2
+    whole = sum(weights)
+    metrics = {name: float(value) for name, value in finished(shares).items()}
+    assert float(loss) == pytest.approx(expected / whole, rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx(wins / whole)
+    assert metrics["score_mean"] == pytest.approx(total / whole, rel=1e-5)
+    spread = math.sqrt(squares / whole - (total / whole) ** 2)
+    assert metrics["score_std"] == pytest.approx(spread, rel=1e-4)
 
 
 def test_a_score_is_read_at_the_last_real_token_on_either_side_of_padding(small: GLMConfig) -> None:
@@ -99,21 +105,6 @@ def test_interleaving_keeps_pairs_side_by_side() -> None:
     for row in range(3):
         np.testing.assert_array_equal(both.ids[2 * row], pairs.chosen.ids[row])
         np.testing.assert_array_equal(both.ids[2 * row + 1], pairs.rejected.ids[row])
-
-
-def test_reward_accuracy_skips_filling_rows_and_knows_the_length_ruler(small: GLMConfig) -> None:
-    pairs = _pairs(6)
-    pairs.chosen.valid[4:] = False
-    gaps = (pairs.chosen.target.sum(axis=1) - pairs.rejected.target.sum(axis=1))[:4]
-    with jax.set_mesh(LAYOUT.mesh()):
-        trunk = jax.jit(partial(init_trunk, small, LAYOUT))(jax.random.key(0))
-        model = scalar_model(trunk, LAYOUT, jax.random.key(1))
-        chosen, rejected = pair_scores(model, LAYOUT.put(pairs), LAYOUT)
-        figures = evaluate_reward(model, [pairs], LAYOUT)
-    assert figures["num_pairs"] == 4
-    assert figures["accuracy"] == pytest.approx(float((chosen > rejected)[:4].mean()))
-    expected = sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps) / 4
-    assert figures["length_only_accuracy"] == pytest.approx(expected)
 
 
 def test_dpo_loss_against_a_loop() -> None:

@@ -25,7 +25,9 @@ SUMMARY: dict[str, Any] = {
     "parameters": 1_234_567,
     "reward_model": {
         "accuracy": 0.8425,
-        "accuracy_se": 0.0081,
+        "accuracy_low": 0.826,
+        "accuracy_high": 0.858,
+        "grade": "good",
         "length_only_accuracy": 0.55,
         "num_pairs": 2000,
     },
@@ -146,7 +148,10 @@ def test_the_table_says_what_the_summary_says() -> None:
     assert "11.1%" in greedy
     assert "KL" not in greedy
     facts = " ".join(text.split())
-    assert "84.2% ± 0.8% of 2,000 held-out pairs (by length alone: 55.0%)" in facts
+    assert (
+        "84.2% (82.6% to 85.8%) of 2,000 held-out pairs (by length alone: 55.0%); grade: good"
+        in facts
+    )
     assert "dp_tp on 4 devices (data 2 x tensor 2)" in facts
     assert "0.010 ± 0.050 before the first update, 2.410 at the end" in facts
     assert "4.0 minutes" in facts

@@ -1,0 +1,79 @@
+"""The stage of a run that trains a reward model on judged pairs and grades it on held-out ones."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from glm_jax.batch import Judged
+from glm_jax.scalar import ScalarModel
+from glm_jax.tokenizers import Tokenizer
+from glm_jax.train import Report
+from rlhf.card.card import Card, grade
+from rlhf.data.batches import in_order, shuffled
+from rlhf.data.pair_rows import TokenPair, judged_rows, packed_rows, token_pairs
+from rlhf.data.records import Preference, Split
+from rlhf.reward import Batch, Heldout, RewardConfig, train_reward
+from rlhf.scoring import scored
+from sharding.layout import Layout
+
+
+class JudgedData(NamedTuple):
+    """Pairs to learn from and pairs to be graded on, as token arrays on the host."""
+
+    train: Batch
+    heldout: Judged
+    records: Sequence[Preference]  # what the held-out rows are from
+    pairs: Sequence[TokenPair]
+    left_out: int  # training pairs that are too long
+
+
+def judged_data(
+    split: Split, tokenizer: Tokenizer, length: int, config: RewardConfig
+) -> JudgedData:
+    """Both sides of the preferences, in answers of at most `length` tokens with their prompts.
+
+    Raises UserError where no pair fits.
+    """
+    train, heldout = list(split.train), list(split.heldout)
+    pairs = token_pairs(train, tokenizer, length)
+    if config.pack_length is None:
+        rows: Batch = judged_rows(train, pairs, length)
+    else:
+        rows = packed_rows(train, pairs, config.pack_length)
+    asked = token_pairs(heldout, tokenizer, length)
+    graded = judged_rows(heldout, asked, length)
+    return JudgedData(rows, graded, heldout, asked, len(train) - len(pairs))
+
+
+def reward_stage(
+    start: ScalarModel,
+    config: RewardConfig,
+    data: JudgedData,
+    seed: int,
+    layout: Layout,
+    report: Report,
+) -> tuple[ScalarModel, Card]:
+    """The trained model, and its report card on the held-out pairs."""
+    heldout = Heldout(in_order(data.heldout, config.batch_size), layout)
+    history: list[dict[str, Any]] = []
+
+    def told(step: int, metrics: Mapping[str, float], tokens: int) -> None:
+        history.append({"step": step, **metrics})
+        report(step, metrics, tokens)
+
+    batches = shuffled(data.train, config.batch_size, seed)
+    model = train_reward(start, config, batches, layout, told, heldout)
+    return model, grade(scored(model, heldout, data.records, data.pairs), history, seed)
+
+
+def summary_of(card: Card) -> dict[str, Any]:
+    """What a run's summary says of its reward model."""
+    accuracy = card.accuracy
+    return {
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "length_only_accuracy": card.length.ruler.value,
+        "num_pairs": accuracy.count,
+        "num_prompts": accuracy.prompts,
+        "grade": card.verdict.grade,
+    }

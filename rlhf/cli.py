@@ -7,18 +7,20 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from rlhf import data_cli, layout_cli, model_cli
+from rlhf import data_cli, layout_cli, model_cli, reward_cli
 from sharding.errors import LostPeers, UserError
 
 if TYPE_CHECKING:
-    from rlhf.recipe import Recipe
+    from rlhf.recipe import Recipe, RewardRecipe
+    from rlhf.runlog import RunLog
     from sharding.processes import Processes
 
 DESCRIPTION = "Train the ChatGLM family with human feedback on a mesh of TPUs or GPUs, in JAX."
@@ -65,13 +67,14 @@ def _commands(options: list[str]) -> tyro.extras.SubcommandApp:
         All of them are listed by: glm-jax run configs/demo.py --help
 
         Args:
-            recipe: A Python file that ends in `config = Recipe(...)`, such as configs/demo.py.
+            recipe: A Python file that ends in `config = Recipe(...)` or `RewardRecipe(...)`, such as configs/demo.py.
         """
         return partial(run_recipe, recipe, options)
 
     model_cli.add_commands(app)
     layout_cli.add_commands(app)
     data_cli.add_commands(app)
+    reward_cli.add_commands(app)
     return app
 
 
@@ -81,29 +84,65 @@ def run_recipe(path: Path, options: Sequence[str]) -> None:
     Everything the run leaves behind is in `output_dir`. Raises UserError.
     """
     # here and not above: JAX and matplotlib are slow to import, and --help has no use for them
-    from rlhf.recipe import Recipe
+    from rlhf.recipe import Recipe, RewardRecipe
     from sharding.layout import use_devices
     from sharding.processes import peers_explained, start
 
     config, description = load_recipe(path)
-    if not isinstance(config, Recipe):
+    if not isinstance(config, Recipe | RewardRecipe):
         raise UserError(
-            f"{path}: config is a {type(config).__name__}: make it a rlhf.recipe.Recipe"
+            f"{path}: config is a {type(config).__name__}: make it a rlhf.recipe.Recipe or RewardRecipe"
         )
     prog = f"glm-jax run {path}"
     recipe, processes = override(config, options, prog=prog, description=description)
     use_devices(recipe.devices, start(processes))
     with peers_explained():
-        _run(recipe)
+        _run(recipe) if isinstance(recipe, Recipe) else _run_reward(recipe)
 
 
 def _run(recipe: "Recipe") -> None:
-    """Every process of a run does this; only the first of them prints and writes outside of checkpoints."""
-    from rich.console import Console
-
     from rlhf.recipe import check
     from rlhf.report import samples_table, summary_table, write_report
     from rlhf.run import run
+    from sharding.processes import on_first
+
+    with _logged(recipe, check) as (log, tell):
+        summary = run(recipe, log)
+
+    def conclude() -> None:
+        report = write_report(recipe.output_dir)
+        tell(summary_table(summary))
+        samples = recipe.output_dir / "samples.json"
+        if samples.exists():
+            tell(samples_table(json.loads(samples.read_text(encoding="utf-8"))))
+        tell(f"report: {report}")
+
+    on_first(conclude)
+
+
+def _run_reward(recipe: "RewardRecipe") -> None:
+    from rlhf.card.page import card_table
+    from rlhf.recipe import check_reward
+    from rlhf.reward_run import run_reward
+    from sharding.processes import on_first
+
+    with _logged(recipe, check_reward) as (log, tell):
+        card = run_reward(recipe, log)
+
+    def conclude() -> None:
+        tell(card_table(card))
+        tell(f"report card: {recipe.output_dir / 'card.html'}")
+
+    on_first(conclude)
+
+
+@contextmanager
+def _logged(
+    recipe: Any, check: Callable[[Any], object]
+) -> "Iterator[tuple[RunLog, Callable[[Any], None]]]":
+    """A log in a fresh output_dir, and what prints; every process of a run does this, only the first writes."""
+    from rich.console import Console
+
     from rlhf.runlog import RunLog, fresh_directory
     from sharding.disk.directory import write_json
     from sharding.processes import check_shared, is_first, on_first, same_everywhere, together
@@ -116,17 +155,7 @@ def _run(recipe: "Recipe") -> None:
     check_shared(directory, "output_dir")
     on_first(lambda: write_json(directory / "recipe.json", dataclasses.asdict(recipe)))
     with RunLog(directory if is_first() else None, console) as log:
-        summary = run(recipe, log)
-
-    def conclude() -> None:
-        report = write_report(directory)
-        console.print(summary_table(summary))
-        samples = directory / "samples.json"
-        if samples.exists():
-            console.print(samples_table(json.loads(samples.read_text(encoding="utf-8"))))
-        tell(f"report: {report}")
-
-    on_first(conclude)
+        yield log, tell
 
 
 def load_recipe(path: Path) -> tuple[Any, str]:

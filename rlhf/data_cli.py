@@ -92,7 +92,7 @@ def _unit(tokenizer: Path | None) -> str:
 
 
 @contextmanager
-def _tallied(mistakes: OnMistake, file: Any = None) -> Iterator[Tally]:
+def tallied(mistakes: OnMistake, file: Any = None) -> Iterator[Tally]:
     """A tally that names the first skipped entries on the screen and writes all to `file`; the sums at the end."""
     from rich.console import Console
 
@@ -113,14 +113,6 @@ def _tallied(mistakes: OnMistake, file: Any = None) -> Iterator[Tally]:
         console.print(line)
 
 
-def _check_form(form: str | None) -> None:
-    from rlhf.data.reading import FORMS
-    from sharding.errors import UserError
-
-    if form is not None and form not in FORMS:
-        raise UserError(f"--form {form}: choose one of {', '.join(FORMS)}")
-
-
 def _stats(
     files: tuple[Path, ...],
     form: str | None,
@@ -131,12 +123,12 @@ def _stats(
     from rich.console import Console
 
     from rlhf.data.pairs import length_in
-    from rlhf.data.reading import read_records
+    from rlhf.data.reading import check_form, read_records
     from rlhf.data.stats import statistics
     from sharding.disk.directory import write_json
 
-    _check_form(form)
-    with _tallied(mistakes) as tally:
+    check_form(form)
+    with tallied(mistakes) as tally:
         found = statistics(read_records(files, tally, form), length_in(tokenizer), _unit(tokenizer))
     console = Console(soft_wrap=True, highlight=False)
     for table in _tables(found):
@@ -209,15 +201,15 @@ def _filter(
     from rlhf.data.filters import kept, select, survey
     from rlhf.data.forms.ours import pair_line
     from rlhf.data.pairs import length_in
-    from rlhf.data.reading import read_records
+    from rlhf.data.reading import check_form, read_records
     from sharding.disk.directory import new_directory, write_json
 
-    _check_form(form)
+    check_form(form)
     unit = _unit(tokenizer)
     with new_directory(out) as directory:
         with (
             (directory / "skipped.jsonl").open("w", encoding="utf-8") as skipped,
-            _tallied(mistakes, skipped) as tally,
+            tallied(mistakes, skipped) as tally,
         ):
             surveyed = survey(read_records(files, tally, form), config, length_in(tokenizer))
         selection = select(surveyed, config)
@@ -270,14 +262,14 @@ def _convert(files: tuple[Path, ...], out: Path, form: str | None, mistakes: OnM
     from rich.console import Console
 
     from rlhf.data.forms.ours import line_of
-    from rlhf.data.reading import read_records
+    from rlhf.data.reading import check_form, read_records
     from sharding.disk.directory import explained
 
-    _check_form(form)
+    check_form(form)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     with explained(out):
         try:
-            with temporary.open("w", encoding="utf-8") as lines, _tallied(mistakes) as tally:
+            with temporary.open("w", encoding="utf-8") as lines, tallied(mistakes) as tally:
                 for _, record in read_records(files, tally, form):
                     write_line(lines, line_of(record))
             os.replace(temporary, out)

@@ -17,24 +17,28 @@ from sharding.layout import Layout, Remat, get_layout
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """SFT -> reward model -> PPO and DPO -> evaluation -> export, on one mesh."""
+class BaseRecipe:
+    """What every run is told."""
 
     seed: int = 0  # of everything random: data, weights, sampling
     output_dir: Path = Path("runs/default")
     layout: str = (
         "single"  # a name, or PIPExDATAxFSDPxTENSOR[:gpipe|circular[:MICROBATCHES[:REPEATS]]]
     )
-    generation_layout: str | None = None  # to sample in; None: `layout` without its pipeline
     accumulate: int = 1  # pieces an update's batch is cut into, one after another, to save memory
     remat: Remat = "none"  # what layers keep for their gradients; the rest is computed again
     devices: int | None = None  # None: all there are; on a CPU, how many to simulate
     data: ReviewsData | FilesData = ReviewsData()
-    pretrained: Path | None = (
-        None  # Hugging Face ChatGLM3 directory to start from; None: random weights
-    )
+    pretrained: Path | None = None  # directory of a model to start from; None: random weights
     model: GLMConfig = GLMConfig(4096, 128, 4, 4, 2, 32, 352)  # shape without `pretrained`
     length: int = 64  # tokens of a training sequence, prompt and answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(BaseRecipe):
+    """SFT -> reward model -> PPO and DPO -> evaluation -> export, on one mesh."""
+
+    generation_layout: str | None = None  # to sample in; None: `layout` without its pipeline
     max_prompts: int | None = None  # training prompts used for RL; None: all
     prompt_length: int = 16  # tokens of a prompt, chat format included
     sft: SFTConfig = SFTConfig()
@@ -44,21 +48,41 @@ class Recipe:
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
+@dataclasses.dataclass(frozen=True)
+class RewardRecipe(BaseRecipe):
+    """A reward model alone -> its report card, on one mesh."""
+
+    reward: RewardConfig = RewardConfig()
+
+
+def check_reward(recipe: RewardRecipe) -> Layout:
+    """The recipe's layout on the devices there are. Raises UserError, before any work, for what cannot run."""
+    layout, _ = _training(recipe)
+    layout.check_batch(recipe.reward.batch_size, "reward.batch_size")
+    return layout
+
+
+def _training(recipe: BaseRecipe) -> tuple[Layout, Config]:
+    """The layout of training, and the model's shape, which fits it."""
+    named = get_layout(recipe.layout, recipe.devices)
+    layout = dataclasses.replace(named, accumulate=recipe.accumulate, remat=recipe.remat)
+    layout.mesh()  # enough devices?
+    shape = recipe.model if recipe.pretrained is None else read_shape(recipe.pretrained)
+    shape.check(layout)
+    check_context(shape, "length", recipe.length)
+    return layout, shape
+
+
 def check(recipe: Recipe) -> tuple[Layout, Layout]:
     """The recipe's layouts of training and generation on the devices there are.
 
     Raises UserError, before any work, for what cannot run.
     """
-    named = get_layout(recipe.layout, recipe.devices)
-    layout = dataclasses.replace(named, accumulate=recipe.accumulate, remat=recipe.remat)
-    layout.mesh()  # enough devices?
+    layout, shape = _training(recipe)
     generation = layout.for_generation()
     if recipe.generation_layout is not None:
         generation = get_layout(recipe.generation_layout, layout.num_devices).for_generation()
-    shape = recipe.model if recipe.pretrained is None else read_shape(recipe.pretrained)
-    shape.check(layout)
     shape.check(generation)
-    check_context(shape, "length", recipe.length)
     for sampling in (recipe.ppo.sampling, recipe.dpo.sampling):
         total = recipe.prompt_length + sampling.max_new_tokens + 1  # and the appended stop token
         check_context(shape, "prompt_length + sampling.max_new_tokens + 1", total)

@@ -1,7 +1,6 @@
 """The run of a recipe, from data to the exported policy."""
 
 import dataclasses
-import zlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -10,23 +9,15 @@ import jax
 import numpy as np
 
 from glm_jax.batch import Prompts, Sequences
-from glm_jax.checkpoint import (
-    Card,
-    card_of,
-    companion_directory,
-    load_model,
-    save_model,
-)
 from glm_jax.config import Config
 from glm_jax.convert import export_hf
-from glm_jax.hf.config import Tokens, default_form
-from glm_jax.model import CausalLM, init_model
+from glm_jax.model import CausalLM
 from glm_jax.sampler import Sampler
 from glm_jax.scalar import ScalarModel, scalar_model
-from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer, load_tokenizer
+from glm_jax.tokenizers import Tokenizer
+from rlhf.base_run import BaseRun
 from rlhf.card.page import write_card
 from rlhf.data.batches import in_order, prompt_rows, sft_rows, shuffled
-from rlhf.data.prepare import prepare
 from rlhf.data.records import Splits, prompt_text
 from rlhf.dpo import sample_pairs, train_dpo
 from rlhf.evaluate import Answers, answer, heldout_nll, load_judge, win_tie_lose
@@ -59,26 +50,22 @@ def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
         return _Run(recipe, layout, generation, log).run()
 
 
-class _Run:
+class _Run(BaseRun):
     """The stages of one run, in order; each leaves its checkpoint behind before the next begins."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, generation: Layout, log: RunLog) -> None:
-        self.recipe = recipe
-        self.layout = layout
-        self.generation = generation
-        self.log = log
-        self.directory = recipe.output_dir
-        self.judge = together(partial(load_judge, recipe.evaluate.judge))
+    recipe: Recipe
 
-    def key(self, purpose: str) -> jax.Array:
-        """A random stream of its own for each purpose."""
-        return jax.random.fold_in(jax.random.key(self.recipe.seed), zlib.crc32(purpose.encode()))
+    def __init__(self, recipe: Recipe, layout: Layout, generation: Layout, log: RunLog) -> None:
+        super().__init__(recipe, layout, log)
+        self.generation = generation
+        self.judge = together(partial(load_judge, recipe.evaluate.judge))
 
     def run(self) -> dict[str, Any]:
         recipe, log = self.recipe, self.log
         with log.stage("data"):
-            splits = self.prepare()
-            self.tokenizer = together(partial(self.load_tokenizer, splits))
+            splits = self.prepare("sft", "preferences", "prompts")
+            texts = (prompt_text(r.prompt) + r.response for r in splits.sft.train)
+            self.tokenizer = together(partial(self.load_tokenizer, texts))
             self.data = together(partial(tokenized, splits, self.tokenizer, recipe))
         self.note_left_out(splits)
         with log.stage("model"):
@@ -108,12 +95,6 @@ class _Run:
         on_first(lambda: write_json(self.directory / "summary.json", summary))
         return summary
 
-    def prepare(self) -> Splits:
-        """The data, which the first process writes and then all read."""
-        work = partial(prepare, self.recipe.data, self.directory / "data")
-        written = on_first(work)
-        return together(lambda: written or work())
-
     def export(self) -> None:
         """The PPO policy as a Hugging Face directory."""
         policy = self.directory / "checkpoints" / "ppo"
@@ -130,31 +111,6 @@ class _Run:
                     f"data: {left_out} of {len(records)} {name} are longer than "
                     f"length = {self.recipe.length} tokens and are left out"
                 )
-
-    def load_tokenizer(self, splits: Splits) -> Tokenizer:
-        """The pretrained model's tokenizer, or one trained on the training split."""
-        if self.recipe.pretrained is not None:
-            return load_tokenizer(companion_directory(self.recipe.pretrained))
-        texts = (prompt_text(record.prompt) + record.response for record in splits.sft.train)
-        return ChatGLM3Tokenizer.train(texts, self.recipe.model.vocab_size)
-
-    def load_model(self) -> CausalLM:
-        """The pretrained model, or random weights."""
-        recipe, layout = self.recipe, self.layout
-        if recipe.pretrained is not None:
-            return load_model(recipe.pretrained, layout, recipe.model.compute_dtype)
-        return jax.jit(partial(init_model, recipe.model, layout))(self.key("init"))
-
-    def save(self, name: str, model: CausalLM | ScalarModel) -> None:
-        """A checkpoint, with the tokenizer beside it."""
-        config = model.trunk.config
-        if self.recipe.pretrained is None:
-            tokens = Tokens(self.tokenizer.eos_id, self.tokenizer.pad_id)
-            card = Card(config, default_form(config), tokens)
-        else:
-            card = card_of(self.recipe.pretrained)
-        directory = self.directory / "checkpoints" / name
-        save_model(model, self.layout, card, directory, self.tokenizer.save)
 
     def make_samplers(self, config: Config) -> dict[str, Any]:
         """Sampling programs by purpose; equal settings share one, so that it compiles once."""

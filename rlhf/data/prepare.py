@@ -5,22 +5,26 @@ import dataclasses
 import functools
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
 from rlhf.data.files.builder import Files
 from rlhf.data.files.files import FilesData
-from rlhf.data.records import Split, Splits
+from rlhf.data.records import Split, Splits, require_examples
 from rlhf.data.reviews.builder import Reviews
 from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.data.storage import RECORD_TYPES, RecordsBuilder, StoredRecords
 from sharding.errors import UserError
 
 
-def prepare(data: ReviewsData | FilesData, directory: Path) -> Splits:
-    """Build the six splits of `data` under `directory`, unless they are there, and open them.
+def prepare(
+    data: ReviewsData | FilesData, directory: Path, tables: Sequence[str] = tuple(RECORD_TYPES)
+) -> Splits:
+    """Build the splits of some tables of `data` under `directory`, unless they are there, and open them.
+
+    A table that is not asked for is empty.
 
     The folder's name is a digest of the configuration and of what the files say: another seed or
     an edited file gives another folder, and what is there is never stale. A table appears whole or
@@ -31,8 +35,9 @@ def prepare(data: ReviewsData | FilesData, directory: Path) -> Splits:
     """
     builder = Reviews if isinstance(data, ReviewsData) else Files
     root = directory / fingerprint(data, builder)
-    splits = functools.cache(data.splits)
-    return Splits(**{name: _open(builder, name, root, splits) for name in RECORD_TYPES})
+    splits = functools.cache(lambda: require_examples(data.splits(), tables))
+    found = {name: _open(builder, name, root, splits) for name in tables}
+    return Splits(**{name: found.get(name, Split((), ())) for name in RECORD_TYPES})
 
 
 def fingerprint(data: ReviewsData | FilesData, builder: type[RecordsBuilder]) -> str:

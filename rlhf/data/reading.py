@@ -34,6 +34,12 @@ FORMS = {
 }
 
 
+def check_form(name: str | None) -> None:
+    """Raise UserError where there is no form of this name."""
+    if name is not None and name not in FORMS:
+        raise UserError(f"form {name!r} is not known: choose one of {', '.join(FORMS)}")
+
+
 class Found(NamedTuple):
     """A record and where its entry stands."""
 
@@ -48,6 +54,7 @@ def read_records(paths: Sequence[Path], tally: Tally, form: str | None = None) -
     another kind (a prompt, an example, a pair, a ranking). Raises UserError on a file that cannot be read or has no
     form we know, and where the policy refuses.
     """
+    check_form(form)
     for path in paths:
         entries = read_entries(path, tally)
         first = next(entries, None)

@@ -112,12 +112,14 @@ def split_by_prompt(records: Iterable[Record], heldout: Mapping[str, bool]) -> S
     return Split(train, held)
 
 
-def require_examples(splits: Splits, advice: str) -> Splits:
-    """Return `splits`; raise UserError with `advice` when a side of a table is empty."""
-    for table, split in splits._asdict().items():
-        for side, records in split._asdict().items():
+def require_examples(splits: Splits, tables: Iterable[str]) -> Splits:
+    """Return `splits`; raise UserError when a side of one of these tables is empty."""
+    for table in tables:
+        for side, records in getattr(splits, table)._asdict().items():
             if not records:
-                raise UserError(f"data: no {side} example is left in {table}; {advice}")
+                raise UserError(
+                    f"data: no {side} example is left in {table}; give more data, or another heldout_fraction"
+                )
     return splits
 
 

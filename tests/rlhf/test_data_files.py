@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rlhf.data.files.files import FilesData
 from rlhf.data.filter_config import FilterConfig
 from rlhf.data.mistakes import OnMistake
+from rlhf.data.prepare import prepare
 from rlhf.data.records import prompt_key, prompt_text
 from sharding.errors import UserError
 
@@ -198,7 +199,9 @@ def test_bad_files_and_empty_splits_are_named(tmp_path: Path) -> None:
     for name in GOOD:
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(GOOD[name]), encoding="utf-8")
     with pytest.raises(UserError, match=r"no (train|heldout) example is left in sft; give more"):
-        data.splits()
+        prepare(data, tmp_path / "prepared")
+    with pytest.raises(UserError, match=r"no train example is left in preferences; give more"):
+        prepare(FilesData(sft), tmp_path / "prepared", ["preferences"])
     sft.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(UserError, match=r"sft\.jsonl:1: not UTF-8 \(byte 12 of the line\)"):
         data.splits()

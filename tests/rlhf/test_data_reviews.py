@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.data.records import Splits, prompt_text
-from rlhf.data.reviews import reviews
 from rlhf.data.reviews.reviews import ReviewsData, by_opening, clean, make_pairs, make_records
 from sharding.errors import UserError
 
@@ -32,12 +31,6 @@ def records(data: ReviewsData, pos: list[str], neg: list[str]) -> Splits:
         by_opening(data, [review for review in disliked if review not in liked]),
     )
     return splits
-
-
-@pytest.fixture(autouse=True)
-def _allow_empty_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Generated files are too small for the rule that no split is empty; it has its own test."""
-    monkeypatch.setattr(reviews, "require_examples", lambda splits, advice: splits)
 
 
 @settings(max_examples=40, deadline=None)

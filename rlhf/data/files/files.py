@@ -22,7 +22,6 @@ from rlhf.data.records import (
     Split,
     Splits,
     prompt_key,
-    require_examples,
     require_fraction,
     same_prompt,
     uniform_hash,
@@ -36,8 +35,8 @@ Kind = TypeVar("Kind", bound=Record)
 class FilesData:
     """A user's own data: JSON files or JSON lines, gzipped or not, in our form (docs/data.md) or a public one's."""
 
-    sft: Paths  # conversations to imitate
-    preferences: Paths  # comparisons of two or more answers
+    sft: Paths = ()  # conversations to imitate
+    preferences: Paths = ()  # comparisons of two or more answers
     prompts: Paths = ()  # prompts to answer; none: those of the other files
     heldout_fraction: float = 0.1  # share of the distinct prompts held out, in all tables alike
     seed: int = 0  # draws which
@@ -71,13 +70,10 @@ class FilesData:
         if not _listed(self.prompts):
             asked = [record.prompt for table in (examples, *preferences) for record in table]
         distinct = {same_prompt(prompt): prompt for prompt in reversed(asked)}
-        return require_examples(
-            Splits(
-                sft=self._split(examples),
-                preferences=preferences,
-                prompts=self._split([Prompt(prompt) for prompt in reversed(distinct.values())]),
-            ),
-            f"give more of them, or another heldout_fraction than {self.heldout_fraction}",
+        return Splits(
+            sft=self._split(examples),
+            preferences=preferences,
+            prompts=self._split([Prompt(prompt) for prompt in reversed(distinct.values())]),
         )
 
     def heldout(self, prompt: Messages) -> bool:

@@ -26,7 +26,6 @@ from rlhf.data.records import (
     Splits,
     prompt_key,
     read_text,
-    require_examples,
     require_fraction,
     split_by_prompt,
     uniform_hash,
@@ -177,11 +176,8 @@ def make_records(
             ]
     examples.sort(key=lambda record: uniform_hash(data.seed, record.response))
     preferences.sort(key=lambda record: uniform_hash(data.seed, record.chosen, record.rejected))
-    return require_examples(
-        Splits(
-            sft=split_by_prompt(examples, heldout),
-            preferences=split_by_prompt(preferences, heldout),
-            prompts=split_by_prompt(prompts, heldout),
-        ),
-        "give more reviews or another heldout_fraction",
+    return Splits(
+        sft=split_by_prompt(examples, heldout),
+        preferences=split_by_prompt(preferences, heldout),
+        prompts=split_by_prompt(prompts, heldout),
     )

@@ -1,0 +1,112 @@
+"""The command `glm-jax reward report`: is this reward model any good?"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from rlhf.data.filter_config import FilterConfig
+from rlhf.data.mistakes import OnMistake
+from rlhf.model_cli import Place
+
+Job = Callable[[], int | None]
+# judgements as they are: ties say nothing of a score, all else counts
+AS_JUDGED = FilterConfig(
+    min_prompt_chars=0, votes="each", cycles="keep", balance=False, weigh="pair"
+)
+
+
+def add_commands(app: tyro.extras.SubcommandApp) -> None:
+    """Add `reward` and its command; the docstring is what --help prints."""
+    reward = tyro.extras.SubcommandApp()
+    app.command(reward, name="reward", help="Reward models: grade one on judged pairs.")
+
+    @reward.command
+    def report(
+        model: tyro.conf.Positional[Path],
+        files: tyro.conf.Positional[tuple[Path, ...]],
+        out: Path,
+        form: str | None = None,
+        length: int = 1024,
+        batch_size: int = 16,
+        filters: FilterConfig = AS_JUDGED,
+        mistakes: OnMistake = OnMistake.skip_all(),
+        place: tyro.conf.OmitArgPrefixes[Place] = Place(),
+    ) -> Job:
+        """Grade a reward model on comparisons that it was not trained on: card.html and card.json.
+
+        Args:
+            model: Checkpoint of a reward model (a run's checkpoints/reward), or its Hugging Face directory.
+            files: Comparisons of any form that `glm-jax data stats` reads.
+            out: Directory to write the card to.
+            form: What the files look like; default: told from their fields.
+            length: Longest answer with its prompt, in tokens; longer pairs are left out and counted.
+            batch_size: Pairs that are scored at a time.
+            filters: Which pairs count; by default all that are no tie.
+            mistakes: What becomes of entries that are not as they should be.
+            place: Layout, devices and dtype.
+        """
+        return partial(
+            _report, model, files, out, form, length, batch_size, filters, mistakes, place
+        )
+
+
+def _report(
+    model: Path,
+    files: tuple[Path, ...],
+    out: Path,
+    form: str | None,
+    length: int,
+    batch_size: int,
+    config: FilterConfig,
+    mistakes: OnMistake,
+    place: Place,
+) -> None:
+    from rich.console import Console
+
+    from glm_jax.checkpoint import companion_directory, load_scalar
+    from glm_jax.tokenizers import load_tokenizer
+    from rlhf.card.card import grade
+    from rlhf.card.page import card_table, write_card
+    from rlhf.data.batches import in_order
+    from rlhf.data.filters import kept, select, survey
+    from rlhf.data.pair_rows import judged_rows, token_pairs
+    from rlhf.data.reading import check_form, read_records
+    from rlhf.data_cli import tallied
+    from rlhf.reward import Heldout
+    from rlhf.scoring import scored
+    from sharding.disk.directory import new_directory
+
+    check_form(form)
+    with place.open() as layout:
+        layout.check_batch(batch_size, "--batch-size")
+        scorer = load_scalar(model, layout, place.kind())
+        tokenizer = load_tokenizer(companion_directory(model))
+        with tallied(mistakes) as tally:
+            found = list(read_records(files, tally, form))
+        selection = select(survey(found, config, lambda text: len(tokenizer.encode(text))), config)
+        records = [pair for _, pair in kept(found, selection)]
+        pairs = token_pairs(records, tokenizer, length)
+        heldout = Heldout(in_order(judged_rows(records, pairs, length), batch_size), layout)
+        card = grade(scored(scorer, heldout, records, pairs), _history(model))
+    console = Console(soft_wrap=True, highlight=False)
+    with new_directory(out) as directory:
+        write_card(card, directory)
+    if len(pairs) < len(records):
+        console.print(
+            f"{len(records) - len(pairs):,} of {len(records):,} pairs are longer than {length} tokens and left out"
+        )
+    console.print(card_table(card))
+    console.print(f"report card: {out / 'card.html'}")
+
+
+def _history(model: Path) -> list[dict[str, Any]]:
+    """How its training went, where the checkpoint lies in the directory of its run; else nothing."""
+    path = model.resolve().parents[1] / "metrics.jsonl"
+    if not path.exists():
+        return []
+    steps = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [step for step in steps if step["stage"] == "reward"]

@@ -1,0 +1,60 @@
+"""The run of a reward model alone: judged pairs -> training -> report card."""
+
+from functools import partial
+
+import jax
+
+from glm_jax.scalar import scalar_model
+from rlhf.base_run import BaseRun
+from rlhf.card.card import Card
+from rlhf.card.page import write_card
+from rlhf.data.records import prompt_text
+from rlhf.recipe import RewardRecipe, check_reward
+from rlhf.reward_stage import judged_data, reward_stage, summary_of
+from rlhf.runlog import RunLog
+from sharding.disk.directory import write_json
+from sharding.processes import on_first, together
+
+
+def run_reward(recipe: RewardRecipe, log: RunLog) -> Card:
+    """Train and grade; leaves the checkpoint `reward`, `card.html` and `summary.json` behind. Raises UserError."""
+    layout = check_reward(recipe)
+    with jax.set_mesh(layout.mesh()):
+        return _RewardRun(recipe, layout, log).run()
+
+
+class _RewardRun(BaseRun):
+    recipe: RewardRecipe
+
+    def run(self) -> Card:
+        recipe, log, config = self.recipe, self.log, self.recipe.reward
+        with log.stage("data"):
+            split = self.prepare("preferences").preferences
+            texts = (f"{prompt_text(r.prompt)}\n{r.chosen}\n{r.rejected}" for r in split.train)
+            self.tokenizer = together(partial(self.load_tokenizer, texts))
+            data = together(partial(judged_data, split, self.tokenizer, recipe.length, config))
+        if data.left_out:
+            log.note(
+                f"data: {data.left_out} of {len(split.train)} pairs are longer than length = {recipe.length} tokens "
+                f"and are left out"
+            )
+        with log.stage("model"):
+            trunk = together(self.load_model).trunk
+        with log.stage("reward", total=config.steps) as stage:
+            start = scalar_model(trunk, self.layout, self.key("reward"))
+            model, card = reward_stage(start, config, data, recipe.seed, self.layout, stage.step)
+            self.save("reward", model)
+        summary = {
+            "seed": recipe.seed,
+            "layout": recipe.layout,
+            "devices": self.layout.num_devices,
+            "processes": jax.process_count(),
+            "mesh": self.layout.sizes,
+            "parameters": sum(x.size for x in jax.tree.leaves(model)),
+            "reward_model": summary_of(card),
+            "wall_s": log.wall_s,
+            "tokens_per_s": log.tokens_per_s,
+        }
+        on_first(lambda: write_json(self.directory / "summary.json", summary))
+        on_first(partial(write_card, card, self.directory))
+        return card

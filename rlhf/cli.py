@@ -19,6 +19,8 @@ from rlhf import data_cli, layout_cli, model_cli, reward_cli
 from sharding.errors import LostPeers, UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from rlhf.recipe import Recipe, RewardRecipe
     from rlhf.runlog import RunLog
     from sharding.processes import Processes
@@ -106,16 +108,16 @@ def _run(recipe: "Recipe") -> None:
     from rlhf.run import run
     from sharding.processes import on_first
 
-    with _logged(recipe, check) as (log, tell):
+    with _logged(recipe, check) as (log, console):
         summary = run(recipe, log)
 
     def conclude() -> None:
         report = write_report(recipe.output_dir)
-        tell(summary_table(summary))
+        console.print(summary_table(summary))
         samples = recipe.output_dir / "samples.json"
         if samples.exists():
-            tell(samples_table(json.loads(samples.read_text(encoding="utf-8"))))
-        tell(f"report: {report}")
+            console.print(samples_table(json.loads(samples.read_text(encoding="utf-8"))))
+        _tell(console, f"report: {report}")
 
     on_first(conclude)
 
@@ -126,21 +128,23 @@ def _run_reward(recipe: "RewardRecipe") -> None:
     from rlhf.reward_run import run_reward
     from sharding.processes import on_first
 
-    with _logged(recipe, check_reward) as (log, tell):
+    with _logged(recipe, check_reward) as (log, console):
         card = run_reward(recipe, log)
 
     def conclude() -> None:
-        tell(card_table(card))
-        tell(f"report card: {recipe.output_dir / 'card.html'}")
+        console.print(card_table(card))
+        _tell(console, f"report card: {recipe.output_dir / 'card.html'}")
 
     on_first(conclude)
 
 
+def _tell(console: "Console", line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 @contextmanager
-def _logged(
-    recipe: Any, check: Callable[[Any], object]
-) -> "Iterator[tuple[RunLog, Callable[[Any], None]]]":
-    """A log in a fresh output_dir, and what prints; every process of a run does this, only the first writes."""
+def _logged(recipe: Any, check: Callable[[Any], object]) -> "Iterator[tuple[RunLog, Console]]":
+    """A log in a fresh output_dir, and the screen; every process of a run does this, only the first writes."""
     from rich.console import Console
 
     from rlhf.runlog import RunLog, fresh_directory
@@ -150,12 +154,11 @@ def _logged(
     same_everywhere("the recipe", repr(recipe))
     together(partial(check, recipe))  # before an earlier run is moved aside
     directory, console = recipe.output_dir, Console()
-    tell = partial(console.print, soft_wrap=True, highlight=False, markup=False)
-    on_first(partial(fresh_directory, directory, tell))
+    on_first(partial(fresh_directory, directory, partial(_tell, console)))
     check_shared(directory, "output_dir")
     on_first(lambda: write_json(directory / "recipe.json", dataclasses.asdict(recipe)))
     with RunLog(directory if is_first() else None, console) as log:
-        yield log, tell
+        yield log, console
 
 
 def load_recipe(path: Path) -> tuple[Any, str]:

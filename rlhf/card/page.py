@@ -96,12 +96,14 @@ def _sections(card: Card, listed: int | None) -> Iterator[Section]:
     if card.annotators:
         yield "Agreement with annotators", _annotators(card, listed)
     yield "Length", _length(card)
-    yield "Position", _preference(card.position, "first", "second")
+    if card.position.lean.value is not None:  # else the data always list the better one first
+        yield "Position", _preference(card.position, "first", "second")
     yield "Calibration", _calibration(card)
     yield "Scores", _scores(card)
     if card.tasks.rows:
         yield "Tasks", _tasks(card, listed)
-    yield "Triples", _triples(card)
+    if card.triples.complete:
+        yield "Triples", _triples(card)
 
 
 def _accuracy(card: Card) -> list[Row]:

@@ -71,20 +71,20 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
 
     @data.command
     def convert(
-        files: Files,
-        out: Path,
+        file: tyro.conf.Positional[Path],
+        out: tyro.conf.Positional[Path],
         form: str | None = None,
         mistakes: OnMistake = OnMistake.skip_all(),
     ) -> Job:
         """Write records of any form as lines of our own (docs/data.md), texts as they are.
 
         Args:
-            files: JSON or JSON lines of any form, as for `stats`.
+            file: JSON or JSON lines of any form, as for `stats`.
             out: File to write.
             form: What the files look like; default: told from their fields.
             mistakes: What becomes of entries that are not as they should be.
         """
-        return partial(_convert, files, out, form, mistakes)
+        return partial(_convert, file, out, form, mistakes)
 
 
 def _unit(tokenizer: Path | None) -> str:
@@ -256,7 +256,7 @@ def _steps_table(selection: "Selection") -> Any:
     return table
 
 
-def _convert(files: tuple[Path, ...], out: Path, form: str | None, mistakes: OnMistake) -> None:
+def _convert(file: Path, out: Path, form: str | None, mistakes: OnMistake) -> None:
     import os
 
     from rich.console import Console
@@ -270,7 +270,7 @@ def _convert(files: tuple[Path, ...], out: Path, form: str | None, mistakes: OnM
     with explained(out):
         try:
             with temporary.open("w", encoding="utf-8") as lines, tallied(mistakes) as tally:
-                for _, record in read_records(files, tally, form):
+                for _, record in read_records([file], tally, form):
                     write_line(lines, line_of(record))
             os.replace(temporary, out)
         finally:

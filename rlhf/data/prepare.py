@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from rlhf.data.files.builder import Files
 from rlhf.data.files.files import FilesData
+from rlhf.data.public import PublicData
 from rlhf.data.records import Split, Splits, require_examples
 from rlhf.data.reviews.builder import Reviews
 from rlhf.data.reviews.reviews import ReviewsData
@@ -20,7 +21,9 @@ from sharding.errors import UserError
 
 
 def prepare(
-    data: ReviewsData | FilesData, directory: Path, tables: Sequence[str] = tuple(RECORD_TYPES)
+    data: ReviewsData | FilesData | PublicData,
+    directory: Path,
+    tables: Sequence[str] = tuple(RECORD_TYPES),
 ) -> Splits:
     """Build the splits of some tables of `data` under `directory`, unless they are there, and open them.
 
@@ -40,7 +43,7 @@ def prepare(
     return Splits(**{name: found.get(name, Split((), ())) for name in RECORD_TYPES})
 
 
-def fingerprint(data: ReviewsData | FilesData, builder: type[RecordsBuilder]) -> str:
+def fingerprint(data: ReviewsData | FilesData | PublicData, builder: type[RecordsBuilder]) -> str:
     """Twelve hexadecimal digits that name the data set."""
     paths = data.paths()
     read = {name.split()[0] for name in paths}  # by content, wherever they are

@@ -3,8 +3,8 @@
     python process_jobs.py OUT JOB:LAYOUT,... DEVICES [--coordinator HOST:PORT --num-processes N --process-id I]
 
 OUT gets `JOB:LAYOUT.npz` with every step's losses and every trained weight, by the first process. The job
-`rows` writes `rows:LAYOUT.P.json`: the rows that process P looked up of the batch 0, 1, ... 15. In `fail` process 1
-cannot go on.
+`rows` writes `rows:LAYOUT.P.json`: the rows that process P looked up of the batch 0, 1, ... 15. `order` writes the same
+of six shuffled batches, the last three after a restart. In `fail` process 1 cannot go on.
 """
 
 import json
@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm_jax.batch import Sequences
+from glm_jax.batch import Judged, Pairs, Sequences
 from glm_jax.config import PRESETS
 from rlhf import certify
 from rlhf.cli import override
-from rlhf.data.batches import in_order
+from rlhf.data.batches import in_order, shuffled
 from rlhf.trials import tiny
 from sharding.errors import UserError
 from sharding.layout import Layout, get_layout, use_devices
@@ -56,6 +56,26 @@ def rows_looked_up(layout: Layout) -> list[int]:
     return sorted(seen)
 
 
+def rows_in_order(layout: Layout) -> list[list[int]]:
+    """The rows of six shuffled batches that this process holds, in the order of the batch."""
+    table = np.arange(44, dtype=np.int32)[:, None]
+    rows = Judged(
+        Pairs(*[Sequences(table, table >= 0, table >= 0)] * 2), table[:, 0].astype(np.float32)
+    )
+    held = []
+    batches = shuffled(rows, 16, seed=5)
+    for number in range(6):
+        if number == 3:
+            state = json.loads(json.dumps(batches.get_state()))
+            batches = shuffled(rows, 16, seed=5)
+            batches.set_state(state)
+        with jax.set_mesh(layout.mesh()):
+            shards = layout.put(next(batches)).weight.addressable_shards
+        by_place = {shard.index[0].start or 0: np.asarray(shard.data) for shard in shards}
+        held.append([int(row) for place in sorted(by_place) for row in by_place[place]])
+    return held
+
+
 def fail() -> None:
     """What only one process runs into."""
     if jax.process_index() == 1:
@@ -68,8 +88,9 @@ def main(out: Path, jobs: str, devices: int, options: list[str]) -> None:
     use_devices(devices, start(processes))
     for name in jobs.split(","):
         job, _, layout = name.partition(":")
-        if job == "rows":
-            rows = rows_looked_up(get_layout(layout, devices))
+        if job in ("rows", "order"):
+            looked_up = {"rows": rows_looked_up, "order": rows_in_order}[job]
+            rows = looked_up(get_layout(layout, devices))
             (out / f"{name}.{jax.process_index()}.json").write_text(json.dumps(rows))
             continue
         if job == "fail":

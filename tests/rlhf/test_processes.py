@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,26 @@ def test_a_process_looks_up_the_rows_of_its_own_devices(tmp_path: Path) -> None:
     # data 2 outermost, then two stages that need the same rows
     assert seen["pp_dp_tp"] == [first, first, second, second]
     assert seen["tp"] == [first + second] * 4
+
+
+def test_examples_come_in_one_order_over_any_number_of_processes(tmp_path: Path) -> None:
+    """Also after a restart in the middle of an epoch."""
+    orders: list[list[list[int]]] = []
+    for count in (1, 2, 4):
+        out = tmp_path / str(count)
+        out.mkdir()
+        command = [str(JOBS), str(out), "order:hsdp", "8"]
+        for status, text in ended([launch(*command, *options) for options in flags(count)]):
+            assert status == 0, text
+        held = [json.loads((out / f"order:hsdp.{p}.json").read_text()) for p in range(count)]
+        assert all(len(batch) == 16 // count for process in held for batch in process)
+        orders.append([[*chain(*batches)] for batches in zip(*held, strict=True)])
+    assert orders[0] == orders[1] == orders[2]
+    seen = [*chain(*orders[0])]
+    assert sorted(seen[:44]) == sorted(seen[44:88]) == list(range(44)), (
+        "every example once an epoch"
+    )
+    assert seen[:44] != list(range(44)) and seen[:44] != seen[44:88]
 
 
 def test_slurm_says_it_all(tmp_path: Path) -> None:

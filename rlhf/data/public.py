@@ -1,0 +1,97 @@
+"""Public preference data by name: found in a directory, else downloaded into it."""
+
+import contextlib
+import io
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tensorflow_datasets as tfds
+
+from rlhf.data.files.files import FilesData
+from rlhf.data.filter_config import FilterConfig
+from rlhf.data.mistakes import OnMistake
+from rlhf.data.records import Splits
+from sharding.errors import UserError
+
+_HUB = "https://huggingface.co/datasets"
+TIMEOUT_S = 20.0
+# set -> where its files of comparisons are, and their names
+SOURCES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "hh-rlhf": (
+        f"{_HUB}/Anthropic/hh-rlhf/resolve/main",
+        ("harmless-base/train.jsonl.gz", "helpful-base/train.jsonl.gz"),
+    ),
+    "oasst1": (
+        f"{_HUB}/OpenAssistant/oasst1/resolve/main",
+        ("2023-04-12_oasst_ready.trees.jsonl.gz",),
+    ),
+    "ultrafeedback": (
+        f"{_HUB}/openbmb/UltraFeedback/resolve/main",
+        tuple(
+            f"{part}.jsonl"
+            for part in (
+                *("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat"),
+            )
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PublicData:
+    """Comparisons that others have published."""
+
+    name: Literal["hh-rlhf", "oasst1", "ultrafeedback"]
+    # where their files are, under the names that they are published by, or are downloaded to
+    directory: Path
+    sft: Path | tuple[Path, ...] = ()  # conversations to imitate, of your own
+    heldout_fraction: float = 0.1  # share of the distinct prompts that is held out
+    seed: int = 0  # draws which
+    tokenizer: Path | None = (
+        None  # directory whose tokens lengths are balanced in; None: characters
+    )
+    filters: FilterConfig = FilterConfig()
+    mistakes: OnMistake = OnMistake.skip_all()  # such files have some
+
+    def files(self) -> FilesData:
+        """The files, which are downloaded where they are not there. Raises UserError where they cannot be had."""
+        base, names = SOURCES[self.name]
+        missing = {name: f"{base}/{name}" for name in names if not (self.directory / name).exists()}
+        found = {name: self.directory / name for name in names} | self._download(missing)
+        return FilesData(
+            self.sft,
+            tuple(found[name] for name in names),
+            heldout_fraction=self.heldout_fraction,
+            seed=self.seed,
+            tokenizer=self.tokenizer,
+            filters=self.filters,
+            mistakes=self.mistakes,
+        )
+
+    def paths(self) -> dict[str, Path]:
+        """The files to read, by "field number"."""
+        return self.files().paths()
+
+    def splits(self) -> Splits:
+        """All records; see FilesData."""
+        return self.files().splits()
+
+    def _download(self, urls: dict[str, str]) -> dict[str, Path]:
+        if not urls:
+            return {}
+        advice = f"put {', '.join(urls)} there, from {SOURCES[self.name][0]}"
+        try:
+            for url in urls.values():  # the manager would go on trying for minutes
+                asked = urllib.request.Request(url, method="HEAD")
+                urllib.request.urlopen(asked, timeout=TIMEOUT_S).close()
+            manager = tfds.download.DownloadManager(download_dir=str(self.directory / "downloads"))
+            with contextlib.redirect_stderr(io.StringIO()):  # bars
+                fetched = manager.download(urls)
+        except Exception as error:  # of the network, of the server, of the disk
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"{self.directory}: cannot download {self.name} ({reason}); {advice}"
+            ) from error
+        return {name: Path(path) for name, path in fetched.items()}

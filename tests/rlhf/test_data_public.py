@@ -49,7 +49,7 @@ def write(root: Path, name: str, first: int) -> None:
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_files_are_found_or_downloaded_once(
     served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

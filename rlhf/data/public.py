@@ -59,10 +59,11 @@ class PublicData:
         """The files, which are downloaded where they are not there. Raises UserError where they cannot be had."""
         base, names = SOURCES[self.name]
         missing = {name: f"{base}/{name}" for name in names if not (self.directory / name).exists()}
-        found = {name: self.directory / name for name in names} | self._download(missing)
+        if missing:
+            self._download(missing)
         return FilesData(
             self.sft,
-            tuple(found[name] for name in names),
+            tuple(self.directory / name for name in names),
             heldout_fraction=self.heldout_fraction,
             seed=self.seed,
             tokenizer=self.tokenizer,
@@ -78,9 +79,7 @@ class PublicData:
         """All records; see FilesData."""
         return self.files().splits()
 
-    def _download(self, urls: dict[str, str]) -> dict[str, Path]:
-        if not urls:
-            return {}
+    def _download(self, urls: dict[str, str]) -> None:
         advice = f"put {', '.join(urls)} there, from {SOURCES[self.name][0]}"
         try:
             for url in urls.values():  # the manager would go on trying for minutes
@@ -89,9 +88,11 @@ class PublicData:
             manager = tfds.download.DownloadManager(download_dir=str(self.directory / "downloads"))
             with contextlib.redirect_stderr(io.StringIO()):  # bars
                 fetched = manager.download(urls)
+            for name, path in fetched.items():
+                (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
+                Path(path).replace(self.directory / name)
         except Exception as error:  # of the network, of the server, of the disk
             reason = " ".join(str(error).split())[:160]
             raise UserError(
                 f"{self.directory}: cannot download {self.name} ({reason}); {advice}"
             ) from error
-        return {name: Path(path) for name, path in fetched.items()}

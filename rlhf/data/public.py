@@ -1,13 +1,12 @@
 """Public preference data by name: found in a directory, else downloaded into it."""
 
-import contextlib
-import io
+import os
+import shutil
+import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import tensorflow_datasets as tfds
 
 from rlhf.data.files.files import FilesData
 from rlhf.data.filter_config import FilterConfig
@@ -16,7 +15,7 @@ from rlhf.data.records import Splits
 from sharding.errors import UserError
 
 _HUB = "https://huggingface.co/datasets"
-TIMEOUT_S = 20.0
+TIMEOUT_S = 20.0  # without a byte
 # set -> where its files of comparisons are, and their names
 SOURCES: dict[str, tuple[str, tuple[str, ...]]] = {
     "hh-rlhf": (
@@ -58,9 +57,7 @@ class PublicData:
     def files(self) -> FilesData:
         """The files, which are downloaded where they are not there. Raises UserError where they cannot be had."""
         base, names = SOURCES[self.name]
-        missing = {name: f"{base}/{name}" for name in names if not (self.directory / name).exists()}
-        if missing:
-            self._download(missing)
+        self._download({n: f"{base}/{n}" for n in names if not (self.directory / n).exists()})
         return FilesData(
             self.sft,
             tuple(self.directory / name for name in names),
@@ -80,19 +77,23 @@ class PublicData:
         return self.files().splits()
 
     def _download(self, urls: dict[str, str]) -> None:
-        advice = f"put {', '.join(urls)} there, from {SOURCES[self.name][0]}"
-        try:
-            for url in urls.values():  # the manager would go on trying for minutes
-                asked = urllib.request.Request(url, method="HEAD")
-                urllib.request.urlopen(asked, timeout=TIMEOUT_S).close()
-            manager = tfds.download.DownloadManager(download_dir=str(self.directory / "downloads"))
-            with contextlib.redirect_stderr(io.StringIO()):  # bars
-                fetched = manager.download(urls)
-            for name, path in fetched.items():
-                (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
-                Path(path).replace(self.directory / name)
-        except Exception as error:  # of the network, of the server, of the disk
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"{self.directory}: cannot download {self.name} ({reason}); {advice}"
-            ) from error
+        """Not by TFDS's own manager, which goes on trying for minutes where there is no network."""
+        for name, url in urls.items():
+            path = self.directory / name
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with (
+                    urllib.request.urlopen(url, timeout=TIMEOUT_S) as source,
+                    temporary.open("wb") as target,
+                ):
+                    shutil.copyfileobj(source, target)
+                temporary.replace(path)
+            except OSError as error:  # of the network, of the server, of the disk
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()
+                raise UserError(
+                    f"{path}: cannot download {url} ({error}); fetch it yourself and put it there"
+                ) from error
+            finally:
+                temporary.unlink(missing_ok=True)

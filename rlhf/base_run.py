@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import jax
 
@@ -63,3 +64,14 @@ class BaseRun:
             card = card_of(self.recipe.pretrained)
         directory = self.directory / "checkpoints" / name
         save_model(model, self.layout, card, directory, self.tokenizer.save)
+
+    def facts(self, model: CausalLM | ScalarModel) -> dict[str, Any]:
+        """What a summary says of the run as such."""
+        return {
+            "seed": self.recipe.seed,
+            "layout": self.recipe.layout,
+            "devices": self.layout.num_devices,
+            "processes": jax.process_count(),
+            "mesh": self.layout.sizes,
+            "parameters": sum(x.size for x in jax.tree.leaves(model)),
+        }

@@ -45,12 +45,7 @@ class _RewardRun(BaseRun):
             model, card = reward_stage(start, config, data, recipe.seed, self.layout, stage.step)
             self.save("reward", model)
         summary = {
-            "seed": recipe.seed,
-            "layout": recipe.layout,
-            "devices": self.layout.num_devices,
-            "processes": jax.process_count(),
-            "mesh": self.layout.sizes,
-            "parameters": sum(x.size for x in jax.tree.leaves(model)),
+            **self.facts(model),
             "reward_model": summary_of(card),
             "wall_s": log.wall_s,
             "tokens_per_s": log.tokens_per_s,

@@ -80,12 +80,7 @@ class _Run(BaseRun):
         policies, samples = self.evaluate({"sft": sft, "ppo": ppo, "dpo": dpo})
         policies["ppo"] |= ppo_summary
         summary = {
-            "seed": recipe.seed,
-            "layout": recipe.layout,
-            "devices": self.layout.num_devices,
-            "processes": jax.process_count(),
-            "mesh": self.layout.sizes,
-            "parameters": sum(x.size for x in jax.tree.leaves(sft)),
+            **self.facts(sft),
             "reward_model": reward_summary,
             **policies,
             "wall_s": log.wall_s,

@@ -154,7 +154,7 @@ def compare(job: str, layout: Layout, ours: Trained, reference: Trained) -> Row:
         grad_worst=grad_worst,
         weight_error=_worst(ours.weights, reference.weights)[0],
         recompiles=ours.recompiles,
-        collectives=ours.collectives,
+        collectives=dict(ours.collectives),  # asdict would make a Counter count pairs
         temp_bytes=ours.temp_bytes,
         bubble=bubble_fraction(layout),
     )

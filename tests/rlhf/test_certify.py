@@ -184,7 +184,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
             gradients=[{".w_q": array, ".w_k": array + by["gradient"]}],
             weights={".w_q": array + by["weight"]},
             recompiles=int(by["recompiles"]),
-            collectives=Counter(),
+            collectives=Counter({"all-reduce": 6}),
             temp_bytes=0,
         )
 
@@ -239,6 +239,7 @@ def test_the_command(
     }
     assert {*wanted, "pass"} <= found["rows"][3].keys()
     assert found["rows"][3]["layout"] == "2x1x2x2:circular" and found["rows"][3]["job"] == "ppo"
+    assert found["rows"][3]["collectives"] == {"all-reduce": 6}
     fake["weight"] = float("nan")
     assert cli.main([*command, "--json", str(report)]) == 1
     assert "FAIL" in capsys.readouterr().out

@@ -37,7 +37,7 @@ class BaseRun:
 
     def prepare(self, *tables: str) -> Splits:
         """These tables of the data, which the first process writes and then all read."""
-        work = partial(prepare, self.recipe.data, self.directory / "data", tables)
+        work = partial(prepare, self.recipe.data, self.directory / "data", tables, self.log.note)
         written = on_first(work)
         return together(lambda: written or work())
 

@@ -5,8 +5,10 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -17,17 +19,22 @@ from rlhf.data.records import Split, Splits, require_examples
 from rlhf.data.reviews.builder import Reviews
 from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.data.storage import RECORD_TYPES, RecordsBuilder, StoredRecords
+from sharding.disk.directory import write_json
 from sharding.errors import UserError
+
+NOTES = "notes.json"  # what was left out when the tables were built
 
 
 def prepare(
     data: ReviewsData | FilesData | PublicData,
     directory: Path,
     tables: Sequence[str] = tuple(RECORD_TYPES),
+    tell: Callable[[str], Any] = lambda line: None,
 ) -> Splits:
     """Build the splits of some tables of `data` under `directory`, unless they are there, and open them.
 
-    A table that is not asked for is empty.
+    A table that is not asked for is empty. `tell` receives a line for whatever was left out, also where it was built
+    before.
 
     The folder's name is a digest of the configuration and of what the files say: another seed or
     an edited file gives another folder, and what is there is never stale. A table appears whole or
@@ -38,8 +45,13 @@ def prepare(
     """
     builder = Reviews if isinstance(data, ReviewsData) else Files
     root = directory / fingerprint(data, builder)
-    splits = functools.cache(lambda: require_examples(data.splits(), tables))
+    notes: list[str] = []
+    splits = functools.cache(lambda: require_examples(data.splits(notes.append), tables))
     found = {name: _open(builder, name, root, splits) for name in tables}
+    if notes:
+        write_json(root / NOTES, notes)
+    for line in json.loads((root / NOTES).read_text("utf-8")) if (root / NOTES).exists() else ():
+        tell(f"data: {line}")
     return Splits(**{name: found.get(name, Split((), ())) for name in RECORD_TYPES})
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf.data.files.files import FilesData
+from rlhf.data.files.files import FilesData, Tell, silent
 from rlhf.data.filter_config import FilterConfig
 from rlhf.data.mistakes import OnMistake
 from rlhf.data.records import Splits
@@ -72,9 +72,9 @@ class PublicData:
         """The files to read, by "field number"."""
         return self.files().paths()
 
-    def splits(self) -> Splits:
+    def splits(self, tell: Tell = silent) -> Splits:
         """All records; see FilesData."""
-        return self.files().splits()
+        return self.files().splits(tell)
 
     def _download(self, urls: dict[str, str]) -> None:
         """Not by TFDS's own manager, which goes on trying for minutes where there is no network."""

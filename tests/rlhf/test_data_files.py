@@ -131,6 +131,19 @@ def test_a_bad_line_is_named_or_skipped(
     assert skipping == write(tmp_path).splits()
 
 
+def test_what_is_left_out_is_told_whenever_the_data_is_opened(tmp_path: Path) -> None:
+    bad = '{"prompt": "灯", "responses": ["亮"]}'
+    data = write(tmp_path, preferences=[bad, bad, *[json.dumps(GOOD["preferences"])] * 2])
+    data = replace(data, mistakes=OnMistake.skip_all())
+    for _ in range(2):
+        told: list[str] = []
+        prepare(data, tmp_path / "prepared", tell=told.append)
+        assert (
+            f"data: 2 entries skipped: single, the first at {tmp_path}/preferences.jsonl:21" in told
+        )
+        assert any("pairs kept; dropped 1 duplicate judgement" in line for line in told)
+
+
 def test_rankings_become_pairs_that_weigh_as_one(tmp_path: Path) -> None:
     """Four answers with a tie in the middle: five pairs, together as heavy as one pair of another prompt."""
     ranking = {"prompt": "灯光", "responses": ["亮", "还行", "一般", "暗"], "ranks": [1, 2, 2, 3]}

@@ -68,7 +68,7 @@ def test_preparing_twice_builds_once_and_a_change_builds_anew(
     root = tmp_path / "data"
     first = [list(side) for split in prepare(reviews_data, root) for side in split]
     with monkeypatch.context() as patch:
-        patch.setattr(ReviewsData, "splits", lambda self: pytest.fail("built again"))
+        patch.setattr(ReviewsData, "splits", lambda self, tell: pytest.fail("built again"))
         again = [list(side) for split in prepare(reviews_data, root) for side in split]
     assert again == first
     other = prepare(replace(reviews_data, seed=1), root)
@@ -87,7 +87,7 @@ def test_a_failed_build_leaves_nothing_that_looks_whole(
     with monkeypatch.context() as patch:
         good = reviews_data.splits()
         broken = good._replace(preferences=good.preferences._replace(heldout=[None]))
-        patch.setattr(ReviewsData, "splits", lambda self: broken)
+        patch.setattr(ReviewsData, "splits", lambda self, tell: broken)
         with pytest.raises(AttributeError):
             prepare(reviews_data, root)
     assert list(prepare(reviews_data, root).preferences.heldout) == good.preferences.heldout

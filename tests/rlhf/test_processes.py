@@ -162,9 +162,13 @@ def run(recipe: Path, options: Sequence[str], cwd: Path = REPOSITORY) -> subproc
 def recipe(tmp_path: Path) -> Path:
     """A run of every stage in seconds, on data of its own."""
     prompts = [{"prompt": f"第{number}个房间怎么样"} for number in range(60)]
-    answers = [{"response": "房间很亮", "chosen": "房间很亮", "rejected": "太旧了，还行。"}] * 60
-    for name in ("sft", "preferences", "prompts"):
-        lines = [json.dumps(p | a) for p, a in zip(prompts, answers, strict=True)]
+    tables = {
+        "sft": {"response": "房间很亮"},
+        "preferences": {"chosen": "房间很亮", "rejected": "太旧太暗"},
+        "prompts": {},
+    }
+    for name, answer in tables.items():
+        lines = [json.dumps(prompt | answer) for prompt in prompts]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     path = tmp_path / "recipe.py"
     path.write_text(RECIPE.format(folder=str(tmp_path)), encoding="utf-8")

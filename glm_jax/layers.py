@@ -21,9 +21,6 @@ MASKED = (
     -1e30
 )  # finite, so that a row with nothing to attend to stays finite; such rows are padding
 
-# Causal attention is cut into blocks of queries: four spare 3/8 of its work. Shorter ones multiply no faster.
-MOST_BLOCKS, LEAST_BLOCK = 4, 64
-
 
 def remade(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """`function`, of which only the inputs wait for the backward pass.
@@ -137,12 +134,10 @@ def attention(
     v_BSKH: Float[Array, "B S K H"],
     mask_BTS: Bool[Array, "B T S"],
     layout: Layout,
-    causal: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention: head n reads kv group n // G (Ainslie et al. 2023). Softmax in float32.
 
-    mask: True where query t may see key s. A row that sees nothing returns a mean of the values.
-    causal: the mask lets no query see a later key, so that blocks of them need not be multiplied.
+    mask: True where query t may see key s. A row that sees nothing returns the mean of the values.
     """
     num_heads, head_dim = q_BTNH.shape[-2:]
     num_groups = k_BSKH.shape[2]
@@ -159,19 +154,7 @@ def attention(
         (*q_BTNH.shape[:2], num_groups, num_heads // num_groups, head_dim),
         out_sharding=layout.spec("batch", "time", "heads", None, "head_dim"),
     )
-    length = q_BTNH.shape[1]
-    blocks = min(MOST_BLOCKS, length // LEAST_BLOCK) if causal else 1
-    if blocks < 2 or length % blocks:
-        out = _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS)
-    else:
-        rows = length // blocks
-        seen = [slice((i + 1) * rows) for i in range(blocks)]  # keys up to the block's last query
-        queries = jnp.split(q_BTKGH, blocks, axis=1), jnp.split(mask_BTS, blocks, axis=1)
-        parts = [
-            _attend(q, k_BSKH[:, keys], v_BSKH[:, keys], mask[:, :, keys])
-            for q, mask, keys in zip(*queries, seen, strict=True)
-        ]
-        out = jnp.concatenate(parts, axis=1)
+    out = _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS)
     return jnp.reshape(
         out, q_BTNH.shape, out_sharding=layout.spec("batch", "time", "heads", "head_dim")
     )

@@ -99,10 +99,10 @@ class Trunk(nnx.Module):
             blocks: Any, real: jax.Array | None, state: tuple[jax.Array, Places]
         ) -> tuple[jax.Array, Places]:
             x, places = state
-            mask, causal = places.mask(), places.context is None
+            mask = places.mask()
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                return attention(q, k, v, mask, layout, causal)
+                return attention(q, k, v, mask, layout)
 
             def layer(x: jax.Array, now: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
                 block, is_real = now
@@ -124,7 +124,7 @@ class Trunk(nnx.Module):
         The layout must not have pipeline stages (`Layout.for_generation`).
         """
         places = self.places(ids, real.astype(jnp.int32))
-        mask, causal = places.mask(), places.context is None
+        mask = places.mask()
 
         def layer(x: jax.Array, block: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             written = []
@@ -132,7 +132,7 @@ class Trunk(nnx.Module):
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 written.append(_with_room(k, room))
                 written.append(_with_room(v, room))
-                return attention(q, k, v, mask, layout, causal)
+                return attention(q, k, v, mask, layout)
 
             x = self.layer(block, x, places.positions, attend, layout)
             return x, (written[0], written[1])

@@ -12,6 +12,7 @@ from rlhf.data.filter_config import FilterConfig
 from rlhf.data.mistakes import OnMistake, Tally, write_line
 
 if TYPE_CHECKING:  # slow to import, and --help has no use for them
+    from rlhf.data.balance import Bucket
     from rlhf.data.filters import Selection
     from rlhf.data.stats import Stats
 
@@ -217,18 +218,18 @@ def _filter(
         with (directory / "pairs.jsonl").open("w", encoding="utf-8") as lines:
             for comparison, pair in kept(again, selection):
                 write_line(lines, pair_line(comparison, pair))
-        before, after = selection.before_balance, selection.pairs
-        picture = draw_balance(buckets(before, config.edges), buckets(after, config.edges), unit)
-        (directory / "balance.png").write_bytes(picture)
-        write_json(directory / "report.json", _report(selection, tally, unit))
+        before = buckets(selection.before_balance, config.edges)
+        after = buckets(selection.pairs, config.edges)
+        (directory / "balance.png").write_bytes(draw_balance(before, after, unit))
+        write_json(directory / "report.json", _report(selection, before, after, tally, unit))
     console = Console(soft_wrap=True, highlight=False)
     console.print(_steps_table(selection))
     console.print(f"{out}: {len(selection.pairs):,} pairs")
 
 
-def _report(selection: "Selection", tally: Tally, unit: str) -> dict[str, Any]:
-    from rlhf.data.balance import buckets
-
+def _report(
+    selection: "Selection", before: "list[Bucket]", after: "list[Bucket]", tally: Tally, unit: str
+) -> dict[str, Any]:
     return {
         "entries": tally.read,
         "skipped": dict(tally.skipped),
@@ -237,11 +238,8 @@ def _report(selection: "Selection", tally: Tally, unit: str) -> dict[str, Any]:
         "pairs": len(selection.pairs),
         "unit": unit,
         "length_buckets": {
-            name: [
-                {**bucket._asdict(), "longer_win_rate": bucket.win_rate}
-                for bucket in buckets(table)
-            ]
-            for name, table in (("before", selection.before_balance), ("after", selection.pairs))
+            "before": [bucket.as_json() for bucket in before],
+            "after": [bucket.as_json() for bucket in after],
         },
     }
 

@@ -76,9 +76,15 @@ def draw(plot: Plot, curves: Mapping[str, Curve]) -> bytes:
 
 
 def blank(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    """An empty picture in the style of all of them; `x` and `y` name its axes."""
+    """An empty picture in that style."""
     figure = Figure(figsize=(4.4, 2.7), layout="constrained")
     axes = figure.add_subplot()
+    dress(axes, title, x, y)
+    return figure, axes
+
+
+def dress(axes: Axes, title: str, x: str, y: str) -> None:
+    """The style of all pictures; `x` and `y` name the axes."""
     axes.set_title(title, fontsize=10, fontweight="bold", loc="left", color="#1f2933")
     axes.set_xlabel(x, fontsize=8, color="#52606d")
     axes.set_ylabel(y, fontsize=8, color="#52606d")
@@ -87,7 +93,6 @@ def blank(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#cbd2d9")
-    return figure, axes
 
 
 def png(figure: Figure) -> bytes:

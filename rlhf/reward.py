@@ -119,7 +119,8 @@ def train_reward(
     optimizer = make_optimizer(config.optim, config.steps)
     update = reward_update(config, optimizer, layout)
     state = init_state(model, optimizer)
-    every = config.eval_every if evaluate is not None and config.eval_every else config.steps
+    looks = evaluate if config.eval_every else None
+    every = config.eval_every if looks else config.steps
     newest: list[tuple[int, Mapping[str, float], int]] = []  # until what is found after it is known
 
     def tell(found: Mapping[str, float]) -> None:
@@ -134,7 +135,7 @@ def train_reward(
     for start in range(0, config.steps, every):
         count = min(every, config.steps - start)
         state = train(state, update, batches, count, layout, told)
-        tell(evaluate(state.model) if evaluate is not None and config.eval_every else {})
+        tell(looks(state.model) if looks else {})
     return state.model
 
 

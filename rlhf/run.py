@@ -21,7 +21,8 @@ from rlhf.data.batches import in_order, prompt_rows, sft_rows, shuffled
 from rlhf.data.records import Splits, prompt_text
 from rlhf.dpo import sample_pairs, train_dpo
 from rlhf.evaluate import Answers, answer, heldout_nll, load_judge, win_tie_lose
-from rlhf.ppo import Models, reference_scores, train_ppo
+from rlhf.ppo import Models
+from rlhf.ppo_loop import reference_scores, train_ppo
 from rlhf.recipe import Recipe, check
 from rlhf.reward_stage import JudgedData, judged_data, reward_stage, summary_of
 from rlhf.runlog import RunLog

@@ -25,7 +25,8 @@ from glm_jax.scalar import ScalarModel
 from glm_jax.train import TrainState, Update, init_state
 from glm_jax.weights import kept_layout, named_weights, restack
 from rlhf.dpo import DPOConfig, LabelledPairs, dpo_update
-from rlhf.ppo import Inputs, Iteration, Learners, Models, PPOConfig, make_iteration
+from rlhf.ppo import Models, PPOConfig
+from rlhf.ppo_loop import Inputs, Iteration, Learners, make_iteration
 from rlhf.reward import RewardConfig, reward_update
 from rlhf.sft import sft_update
 from sharding.layout import Layout

@@ -224,8 +224,8 @@ def _timid(figures: Figures) -> list[str]:
     if not (found.ece >= MISCALIBRATED and accuracy.above(found.confidence)):
         return []
     return [
-        f"It is surer than it says: {found.confidence:.1%} sure on average, right in {accuracy.value:.1%}; its scores"
-        " lie close together, which does no harm to the ranking."
+        f"It is right more often than it says: {found.confidence:.1%} sure on average, right in {accuracy.value:.1%};"
+        " its scores lie close together, which does no harm to the ranking."
     ]
 
 

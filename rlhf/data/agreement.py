@@ -28,20 +28,14 @@ class Agreement(NamedTuple):
     between: list[Between]
 
 
-def verdicts(pairs: PairTable) -> tuple[np.ndarray, np.ndarray]:
-    """(item, verdict) of every row: which two responses, and 0 a tie, 1 the lower digest is better, 2 the other."""
-    low, high = pairs.low_high()
-    item, _ = grouped(low, high)
-    return item, np.where(pairs.tie, 0, np.where(pairs.chosen == low, 1, 2))
-
-
 def agreement(pairs: PairTable, most_annotators: int = 20) -> Agreement:
     """Agreement on pairs, ties being a verdict of their own.
 
     `between` has the `most_annotators` who judged most. An annotator who judged a pair twice counts once, with what
     stands last in the order of verdicts.
     """
-    item, verdict = verdicts(pairs)
+    item, _ = grouped(*pairs.low_high())
+    verdict = pairs.verdict() + 1
     rows = np.lexsort((verdict, pairs.annotator, item))
     item, verdict, who = item[rows], verdict[rows], pairs.annotator[rows]
     last = np.append((item[1:] != item[:-1]) | (who[1:] != who[:-1]), True)[: len(item)]

@@ -31,6 +31,10 @@ class Bucket(NamedTuple):
         decided = self.longer_wins + self.shorter_wins + self.equal
         return (self.longer_wins + self.equal / 2) / decided if decided else None
 
+    def as_json(self) -> dict[str, int | float | None]:
+        """Its fields and the win rate."""
+        return {**self._asdict(), "longer_win_rate": self.win_rate}
+
 
 def gaps(pairs: PairTable) -> np.ndarray:
     """int64 [P]: length of the preferred response minus that of the other."""

@@ -29,7 +29,6 @@ from rlhf.data.records import (
     Comparison,
     Messages,
     Preference,
-    prompt_key,
     same_prompt,
     uniform_hash,
 )
@@ -79,8 +78,7 @@ def survey(found: Iterable[Found], config: FilterConfig, count_tokens: CountToke
     for _, record in found:
         if not isinstance(record, Comparison):
             continue
-        columns.add(record)
-        key = digest(prompt_key(record.prompt))
+        key = columns.add(record)
         if key in spelt:
             continue
         spelt[key] = digest(same_prompt(record.prompt))
@@ -181,9 +179,8 @@ def _within_cap(pairs: PairTable, config: FilterConfig) -> np.ndarray:
 
 def _first_of_equals(pairs: PairTable) -> np.ndarray:
     """One row of those in which the same annotator says the same of the same two responses."""
-    low, high = pairs.low_high()
-    verdict = np.where(pairs.tie, 0, np.where(pairs.chosen == low, 1, 2)).astype(np.uint64)
-    group, _ = grouped(low, high, pairs.source(), verdict)
+    verdict = pairs.verdict().astype(np.uint64)
+    group, _ = grouped(*pairs.low_high(), pairs.source(), verdict)
     keep = np.zeros(len(pairs), bool)
     keep[np.unique(group, return_index=True)[1]] = True
     return keep

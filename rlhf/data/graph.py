@@ -15,7 +15,7 @@ def votes(pairs: PairTable) -> tuple[np.ndarray, np.ndarray]:
     """
     low, high = pairs.low_high()
     group, count = grouped(low, high)
-    side = np.where(pairs.tie, 0, np.where(pairs.chosen == low, 1, -1))
+    side = pairs.verdict()
     balance = np.bincount(group, weights=side, minlength=count)
     agrees = (side != 0) & (side == np.sign(balance)[group])
     # any would do, for all say the same; it must not be the first to stand in the file

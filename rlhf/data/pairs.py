@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -60,6 +61,10 @@ class PairTable:
         """The two responses, smaller digest first: the pair whoever won."""
         return np.minimum(self.chosen, self.rejected), np.maximum(self.chosen, self.rejected)
 
+    def verdict(self) -> np.ndarray:
+        """int64: 1 where the smaller digest of the two is preferred, -1 where the other is, 0 in a tie."""
+        return np.where(self.tie, 0, np.where(self.chosen < self.rejected, 1, -1))
+
     def source(self) -> np.ndarray:
         """uint64, who judged and of which task: what tells rows about the same pair apart."""
         who, what = (
@@ -90,20 +95,21 @@ def digest(*texts: str) -> int:
 class PairColumns:
     """Fills a PairTable, comparison by comparison."""
 
-    _CODES = (("comparison", "q"), ("chosen_index", "h"), ("rejected_index", "h"), ("tie", "b"))
-    _DIGESTS = (("prompt", "Q"), ("chosen", "Q"), ("rejected", "Q"))
-    _SMALL = (("chosen_length", "i"), ("rejected_length", "i"), ("annotator", "i"), ("task", "i"))
+    _TYPES: ClassVar[dict[str, str]] = {
+        **{"comparison": "q", "chosen_index": "h", "rejected_index": "h", "tie": "b"},
+        **{"prompt": "Q", "chosen": "Q", "rejected": "Q"},
+        **{"chosen_length": "i", "rejected_length": "i", "annotator": "i", "task": "i"},
+    }
 
     def __init__(self, count_tokens: CountTokens = len) -> None:
         self._count = count_tokens
-        names = (*self._CODES, *self._DIGESTS, *self._SMALL)
-        self._columns = {name: array.array(code) for name, code in names}
+        self._columns = {name: array.array(code) for name, code in self._TYPES.items()}
         self._annotators: dict[str, int] = {}
         self._tasks: dict[str, int] = {}
         self._read = 0
 
-    def add(self, comparison: Comparison) -> None:
-        """Append every pair of the comparison's responses."""
+    def add(self, comparison: Comparison) -> int:
+        """Append every pair of the comparison's responses; returns the digest of the prompt."""
         key = prompt_key(comparison.prompt)
         answers = [digest(key, response) for response in comparison.responses]
         lengths = [self._count(response) for response in comparison.responses]
@@ -118,6 +124,7 @@ class PairColumns:
             for column, value in zip(self._columns.values(), row, strict=True):
                 column.append(value)
         self._read += 1
+        return prompt
 
     def table(self) -> PairTable:
         """What was added so far."""

@@ -8,12 +8,11 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import tensorflow_datasets as tfds
 
 from rlhf.data.files.builder import Files
-from rlhf.data.files.files import FilesData
+from rlhf.data.files.files import FilesData, Tell, silent
 from rlhf.data.public import PublicData
 from rlhf.data.records import Split, Splits, require_examples
 from rlhf.data.reviews.builder import Reviews
@@ -29,7 +28,7 @@ def prepare(
     data: ReviewsData | FilesData | PublicData,
     directory: Path,
     tables: Sequence[str] = tuple(RECORD_TYPES),
-    tell: Callable[[str], Any] = lambda line: None,
+    tell: Tell = silent,
 ) -> Splits:
     """Build the splits of some tables of `data` under `directory`, unless they are there, and open them.
 

@@ -28,11 +28,9 @@ SOURCES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "ultrafeedback": (
         f"{_HUB}/openbmb/UltraFeedback/resolve/main",
-        tuple(
-            f"{part}.jsonl"
-            for part in (
-                *("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat"),
-            )
+        (
+            *("evol_instruct.jsonl", "false_qa.jsonl", "flan.jsonl"),
+            *("sharegpt.jsonl", "truthful_qa.jsonl", "ultrachat.jsonl"),
         ),
     ),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from rlhf.data.agreement import Agreement, agreement
@@ -45,10 +46,7 @@ class Stats:
     def as_json(self) -> dict[str, Any]:
         """Plain values, the paper's row beside them."""
         plain = dataclasses.asdict(self)
-        plain["length_buckets"] = [
-            {**bucket._asdict(), "longer_win_rate": bucket.win_rate}
-            for bucket in self.length_buckets
-        ]
+        plain["length_buckets"] = [bucket.as_json() for bucket in self.length_buckets]
         found = self.agreement
         plain["agreement"] = {**found._asdict(), "between": [b._asdict() for b in found.between]}
         return {**plain, "paper": PAPER}
@@ -92,6 +90,9 @@ def statistics(
     edges: tuple[int, ...] = EDGES,
 ) -> Stats:
     """Read records once and count."""
+    count_tokens = lru_cache(256)(
+        count_tokens
+    )  # both count a comparison's responses, one after the other
     dialogues, columns = _Dialogues(count_tokens), PairColumns(count_tokens)
     sizes: Counter[int] = Counter()
     examples = 0

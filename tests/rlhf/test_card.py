@@ -413,7 +413,7 @@ MODELS: dict[str, tuple[Scorer, str, str]] = {
     "swapped labels": (lambda q, n, f, r: -q, "worse than chance", "prefers what the judges reject"),
     "perfect": (lambda q, n, f, r: 3 * q, "good", "better than chance and than length"),
     "perfect but sure": (lambda q, n, f, r: 500 * q, "overconfident", "% sure on average"),
-    "perfect but timid": (lambda q, n, f, r: 0.05 * q, "good", "surer than it says"),
+    "perfect but timid": (lambda q, n, f, r: 0.05 * q, "good", "right more often than it says"),
     "weak": (lambda q, n, f, r: 0.1 * q + 0.3 * r.normal(size=q.shape), "fair", "better than chance and than"),
     "first is better": (lambda q, n, f, r: 1.5 * q + 2.0 * f, "biased", "leans to the answer listed first"),
     "second is better": (lambda q, n, f, r: 1.5 * q - 2.0 * f, "biased", "leans to the answer listed second"),

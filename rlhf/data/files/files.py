@@ -11,7 +11,7 @@ from rlhf.data.filter_config import FilterConfig
 from rlhf.data.filters import Survey, kept, select, survey
 from rlhf.data.forms.form import Record
 from rlhf.data.mistakes import Mistake, OnMistake, Tally
-from rlhf.data.pairs import digest, length_in
+from rlhf.data.pairs import length_in
 from rlhf.data.reading import Found, read_records
 from rlhf.data.records import (
     Comparison,
@@ -21,7 +21,6 @@ from rlhf.data.records import (
     Prompt,
     Split,
     Splits,
-    prompt_key,
     require_fraction,
     same_prompt,
     uniform_hash,
@@ -108,16 +107,12 @@ class FilesData:
             tell(f"{line}{f', the first at {first[0]}' if first else ''}")
 
     def _preferences(self, tell: Tell) -> Split:
-        """Pairs of either side, read again and again: once for the filters, once a side for the texts."""
-        heldout: dict[int, bool] = {}
-
-        def comparisons(tell: Tell = silent) -> Iterator[Found]:
-            for where, record in self._records(self.preferences, Comparison, tell):
-                heldout[digest(prompt_key(record.prompt))] = self.heldout(record.prompt)
-                yield Found(where, record)
-
-        surveyed = survey(comparisons(tell), self.filters, length_in(self.tokenizer))
-        held = np.array([heldout[key] for key in surveyed.pairs.prompt.tolist()], bool)
+        """Pairs of either side, filtered."""
+        records = self._records(self.preferences, Comparison, tell)
+        found = [Found(where, record) for where, record in records]
+        surveyed = survey(found, self.filters, length_in(self.tokenizer))
+        held = np.array([self.heldout(record.prompt) for _, record in found], bool)
+        held = held[surveyed.pairs.comparison]
         sides: list[list[Preference]] = []
         for side in (False, True):
             config = replace(self.filters, balance=self.filters.balance and not side)
@@ -125,10 +120,9 @@ class FilesData:
             dropped = [f"{s.dropped:,} {s.name}" for s in selection.steps if s.dropped]
             if dropped:
                 count = f"{len(selection.pairs):,} of {int((held == side).sum()):,}"
-                tell(
-                    f"{count} {('training', 'held-out')[side]} pairs kept; dropped {', '.join(dropped)}"
-                )
-            sides.append([pair for _, pair in kept(comparisons(), selection)])
+                name = ("training", "held-out")[side]
+                tell(f"{count} {name} pairs kept; dropped {', '.join(dropped)}")
+            sides.append([pair for _, pair in kept(found, selection)])
         return Split(*sides)
 
 

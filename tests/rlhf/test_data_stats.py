@@ -128,6 +128,7 @@ def test_the_commands_count_filter_and_convert(
     assert stats["skipped"] == {"single": 1}
 
     command = ["data", "filter", str(path), "--out", str(out), "--filters.votes", "each"]
+    command += ["--filters.edges", "1", "100"]
     assert cli.main(command) == 0
     pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
     report = json.loads((out / "report.json").read_text())
@@ -137,6 +138,9 @@ def test_the_commands_count_filter_and_convert(
     dropped = {step["name"]: step["dropped"] for step in report["steps"] if step["dropped"]}
     # z > yy and yy > z are a cycle; of the rest, no shorter response is preferred
     assert dropped == {"tie": 1, "cycle": 2, "length balance": 11} and not pairs
+    before = report["length_buckets"]["before"]
+    assert [(b["low"], b["high"]) for b in before] == [(0, 1), (1, 100), (100, None)]
+    assert (before[1]["longer_wins"], before[1]["longer_win_rate"]) == (11, 1.0)
     assert (out / "balance.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(command) == 1
     assert "exists already" in capsys.readouterr().err

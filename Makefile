@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-all lint clean
 
 demo: .venv/.installed
-	$(BIN)/glm-jax run configs/demo.py
+	JAX_PLATFORMS=cpu $(BIN)/glm-jax run configs/demo.py
 
 test: lint
 	$(BIN)/pytest

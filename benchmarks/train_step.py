@@ -6,8 +6,9 @@
 Forward, backward, clipping and AdamW in float32 on one device, all cores for either side, nothing rematerialised by
 layer. Both start from the same weights (exported by `glm_jax.hf`) on the same batch, with the same learning rates,
 betas and weight decay, and must agree on every update's loss to 1e-4: they do the same work. Each side lives in a
-process of its own, and they take turns update by update, so that what else the machine does hits both alike. Prints
-the median and the range of either side, and of PyTorch's time / ours over the turns: above 1 we are faster.
+process of its own, and they take turns update by update, so that what else the machine does hits both alike. Both
+keep the memory that they have freed, as `glm-jax run` does on a CPU. Prints the median and the range of either side,
+and of PyTorch's time / ours over the turns: above 1 we are faster.
 
 PyTorch runs what is fastest here without torch.compile: sdpa attention (the causal flash kernel) and fused AdamW.
 """
@@ -152,6 +153,9 @@ def side(name: str, shared: str) -> Callable[[], tuple[float, float]]:
 def main() -> None:
     """Start both sides and let them take turns."""
     if len(sys.argv) == 3:
+        from sharding.host_memory import keep_freed_memory
+
+        keep_freed_memory()
         sides = {"jax": jax_losses, "torch": torch_losses}
         serve(sides[sys.argv[1]](Path(sys.argv[2])))
         return

@@ -5,7 +5,7 @@ width, F ffn width, R rotary frequencies (rotated dimensions / 2).
 """
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -67,17 +67,23 @@ def rotary_frequencies(width: int, theta: float) -> np.ndarray:
     return 1.0 / np.float32(theta) ** exponents
 
 
-def rotary_angles(
-    positions: Float[Array, "B T"], width: int, theta: float
-) -> Float[Array, "B T R"]:
-    """Angles in radians of `width` rotated dimensions."""
-    return positions[..., None] * rotary_frequencies(width, theta)
+class Rotation(NamedTuple):
+    """By how much tokens are rotated, the same in every layer: made once, since a cosine costs many products."""
+
+    cos: Float[Array, "B T R"]
+    sin: Float[Array, "B T R"]
 
 
-def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T R"]) -> Float[Array, "B T N H"]:
+def rotation(positions: Float[Array, "B T"], frequencies: np.ndarray) -> Rotation:
+    """The rotation at these positions by `frequencies` [R], in radians a position."""
+    angles = positions[..., None] * frequencies
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
     """Rotate the interleaved pairs (2j, 2j + 1) of the first half of every head; the second half passes."""
     half = x.shape[-1] // 2
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    cos, sin = by.cos[:, :, None], by.sin[:, :, None]
     even = x[..., 0:half:2].astype(jnp.float32)
     odd = x[..., 1:half:2].astype(jnp.float32)
     pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
@@ -85,11 +91,9 @@ def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T R"]) -> Float[A
     return jnp.concatenate([rotated, x[..., half:]], axis=-1)
 
 
-def rotate_halves(
-    x: Float[Array, "B T N H"], angles: Float[Array, "B T R"]
-) -> Float[Array, "B T N H"]:
+def rotate_halves(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
     """Rotate the pairs (j, j + H / 2) of every head."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    cos, sin = by.cos[:, :, None], by.sin[:, :, None]
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -21,8 +21,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMV1Config
-from glm_jax.layers import from_heads, layer_norm, mlp, rotary_frequencies, rotate_halves, to_heads
-from glm_jax.trunk import Attend, Places, Trunk, running_sum
+from glm_jax.layers import (
+    from_heads,
+    layer_norm,
+    mlp,
+    rotary_frequencies,
+    rotate_halves,
+    rotation,
+    to_heads,
+)
+from glm_jax.trunk import Attend, Places, Rotations, Trunk, running_sum
 from glm_jax.weights import Draw
 from sharding.layout import Layout
 
@@ -86,13 +94,22 @@ class TrunkV1(Trunk):
         positions = jnp.stack([in_context, running_sum(started, segments)], axis=-1)
         return Places(segments, positions, context=1 - started)
 
+    def rotations(self, positions: Int[Array, "B T 2"]) -> Rotations:
+        """Of the first half of every head by the position in the context, of the second by that behind it."""
+        frequencies = rotary_frequencies(self.config.head_dim // 2, 10_000.0).astype(np.float16)
+        wide = positions.astype(jnp.float32)
+        context, answer = (
+            rotation(wide[..., axis], frequencies.astype(np.float32)) for axis in (0, 1)
+        )
+        return context, answer
+
     def layer(
-        self, block: BlockV1, x: jax.Array, positions: jax.Array, attend: Attend, layout: Layout
+        self, block: BlockV1, x: jax.Array, rotations: Rotations, attend: Attend, layout: Layout
     ) -> jax.Array:
         """Attention and MLP on normalised input, each added to alpha times that input."""
         eps = self.config.norm_eps
         x = layer_norm(x, block.attn_norm, block.attn_norm_bias, eps)
-        q, k, v = _projections(block, x, positions, layout)
+        q, k, v = _projections(block, x, rotations, layout)
         attended = from_heads(attend(q, k, v), block.w_o, layout)
         x = x * jnp.asarray(ALPHA, x.dtype) + attended + block.b_o
         x = layer_norm(x, block.mlp_norm, block.mlp_norm_bias, eps)
@@ -105,21 +122,17 @@ class TrunkV1(Trunk):
 
 
 def _projections(
-    block: BlockV1, x: jax.Array, positions: Int[Array, "B T 2"], layout: Layout
+    block: BlockV1, x: jax.Array, rotations: Rotations, layout: Layout
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys (both rotated) and values [B,T,N,H] of normalised activations."""
 
     def project(w: jax.Array, b: jax.Array) -> jax.Array:
         return to_heads(x, w, "heads", layout) + b
 
-    half = block.w_q.shape[-1] // 2
-    frequencies = rotary_frequencies(half, 10_000.0).astype(np.float16).astype(np.float32)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies  # B T 2 R
-
     def rotated(y: jax.Array) -> jax.Array:
-        by_context = rotate_halves(y[..., :half], angles[:, :, 0])
-        by_answer = rotate_halves(y[..., half:], angles[:, :, 1])
-        return jnp.concatenate([by_context, by_answer], axis=-1)
+        halves = jnp.split(y, 2, axis=-1)
+        turned = [rotate_halves(half, by) for half, by in zip(halves, rotations, strict=True)]
+        return jnp.concatenate(turned, axis=-1)
 
     q, k = rotated(project(block.w_q, block.b_q)), rotated(project(block.w_k, block.b_k))
     return q, k, project(block.w_v, block.b_v)

@@ -9,8 +9,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMConfig
-from glm_jax.layers import from_heads, gated_mlp, rms_norm, rotary_angles, rotate, to_heads
-from glm_jax.trunk import Attend, Places, Trunk, running_sum
+from glm_jax.layers import (
+    Rotation,
+    from_heads,
+    gated_mlp,
+    rms_norm,
+    rotary_frequencies,
+    rotate,
+    rotation,
+    to_heads,
+)
+from glm_jax.trunk import Attend, Places, Rotations, Trunk, running_sum
 from glm_jax.weights import Draw, kv_axis
 from sharding.layout import Layout
 
@@ -44,17 +53,21 @@ class TrunkV2(Trunk):
         count = running_sum(jnp.ones_like(segments), segments)
         return Places(segments, count[..., None] - 1)
 
+    def rotations(self, positions: Int[Array, "B T 1"]) -> Rotations:
+        """Of the first half of every head."""
+        config = self.config
+        assert isinstance(config, GLMConfig)
+        frequencies = rotary_frequencies(config.head_dim // 2, config.rope_theta)
+        return (rotation(positions[..., 0] / config.position_scale, frequencies),)
+
     def layer(
-        self, block: Block, x: jax.Array, positions: jax.Array, attend: Attend, layout: Layout
+        self, block: Block, x: jax.Array, rotations: Rotations, attend: Attend, layout: Layout
     ) -> jax.Array:
         """x + attention(norm(x)), then x + mlp(norm(x))."""
         config = self.config
         assert isinstance(config, GLMConfig)
-        eps = config.norm_eps
-        angles = rotary_angles(
-            positions[..., 0] / config.position_scale, config.head_dim // 2, config.rope_theta
-        )
-        q, k, v = _projections(block, rms_norm(x, block.attn_norm, eps), angles, config, layout)
+        eps, (by,) = config.norm_eps, rotations
+        q, k, v = _projections(block, rms_norm(x, block.attn_norm, eps), by, config, layout)
         attended = from_heads(attend(q, k, v), block.w_o, layout)
         if block.attn_out_norm is not None:
             attended = rms_norm(attended, block.attn_out_norm, eps)
@@ -71,7 +84,7 @@ class TrunkV2(Trunk):
 
 
 def _projections(
-    block: Block, x: jax.Array, angles: jax.Array, config: GLMConfig, layout: Layout
+    block: Block, x: jax.Array, by: Rotation, config: GLMConfig, layout: Layout
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B,T,N,H] and keys (both rotated) and values [B,T,K,H] of normalised activations."""
     kv = kv_axis(config, layout)
@@ -80,8 +93,8 @@ def _projections(
         y = to_heads(x, w, heads, layout)
         return y if b is None else y + b
 
-    q = rotate(project(block.w_q, block.b_q, "heads"), angles)
-    k = rotate(project(block.w_k, block.b_k, kv), angles)
+    q = rotate(project(block.w_q, block.b_q, "heads"), by)
+    k = rotate(project(block.w_k, block.b_k, kv), by)
     return q, k, project(block.w_v, block.b_v, kv)
 
 

@@ -2,7 +2,7 @@
 
 A model is a Flax module that only holds arrays, hence the pytree of its parameters. The layers are stacked
 [stage, layer, ...]: a scan runs the layers of a stage, `sharding.pipeline` the stages. A generation is a `Trunk` that
-says where tokens stand (`places`) and what one layer does (`layer`).
+says where tokens stand (`places`), how that rotates them (`rotations`) and what one layer does (`layer`).
 """
 
 from collections.abc import Callable
@@ -14,13 +14,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.config import Config
-from glm_jax.layers import attention
+from glm_jax.layers import Rotation, attention
 from sharding.layout import Layout
 from sharding.pipeline import run_stages
 from sharding.remat import rematerialised
 
 # Which sequence a token belongs to: 0 is padding; a bool array marks real tokens of one sequence a row.
 Segments = Int[Array, "B T"] | Bool[Array, "B T"]
+Rotations = tuple[Rotation, ...]  # one an axis of position
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH -> BTNH
 
 
@@ -76,8 +77,12 @@ class Trunk(nnx.Module):
         """Where the tokens of these sequences stand."""
         raise NotImplementedError
 
+    def rotations(self, positions: Int[Array, "B T A"]) -> Rotations:
+        """How queries and keys at these positions are rotated, in every layer."""
+        raise NotImplementedError
+
     def layer(
-        self, block: Any, x: jax.Array, positions: jax.Array, attend: Attend, layout: Layout
+        self, block: Any, x: jax.Array, rotations: Rotations, attend: Attend, layout: Layout
     ) -> jax.Array:
         """One layer [B, T, D] -> [B, T, D]; `attend` is the attention over whatever keys there are."""
         raise NotImplementedError
@@ -99,14 +104,14 @@ class Trunk(nnx.Module):
             blocks: Any, real: jax.Array | None, state: tuple[jax.Array, Places]
         ) -> tuple[jax.Array, Places]:
             x, places = state
-            mask = places.mask()
+            mask, rotations = places.mask(), self.rotations(places.positions)
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 return attention(q, k, v, mask, layout)
 
             def layer(x: jax.Array, now: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
                 block, is_real = now
-                y = self.layer(block, x, places.positions, attend, layout)
+                y = self.layer(block, x, rotations, attend, layout)
                 return y if is_real is None else jnp.where(is_real, y, x), None
 
             return jax.lax.scan(rematerialised(layer, layout.remat), x, (blocks, real))[0], places
@@ -124,7 +129,7 @@ class Trunk(nnx.Module):
         The layout must not have pipeline stages (`Layout.for_generation`).
         """
         places = self.places(ids, real.astype(jnp.int32))
-        mask = places.mask()
+        mask, rotations = places.mask(), self.rotations(places.positions)
 
         def layer(x: jax.Array, block: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             written = []
@@ -134,7 +139,7 @@ class Trunk(nnx.Module):
                 written.append(_with_room(v, room))
                 return attention(q, k, v, mask, layout)
 
-            x = self.layer(block, x, places.positions, attend, layout)
+            x = self.layer(block, x, rotations, attend, layout)
             return x, (written[0], written[1])
 
         x, (keys, values) = jax.lax.scan(layer, self.embed(ids, layout), self._single_stage())
@@ -152,6 +157,7 @@ class Trunk(nnx.Module):
     ) -> tuple[Float[Array, "B D"], Cache]:
         """Hidden states of one further token a row, and the cache with them appended."""
         position = cache.position + jnp.array(self.position_step)
+        rotations = self.rotations(position[:, None])
         filled = jnp.arange(cache.real.shape[1]) <= cache.length
         mask = (cache.real & filled)[:, None, :]
 
@@ -167,7 +173,7 @@ class Trunk(nnx.Module):
                 written.append(append(values, v, cache.length, axis=1))
                 return attention(q, written[0], written[1], mask, layout)
 
-            x = self.layer(block, x, position[:, None], attend, layout)
+            x = self.layer(block, x, rotations, attend, layout)
             return x, (written[0], written[1])
 
         x = self.embed(ids[:, None], layout)

@@ -87,6 +87,7 @@ def run_recipe(path: Path, options: Sequence[str]) -> None:
     """
     # here and not above: JAX and matplotlib are slow to import, and --help has no use for them
     from rlhf.recipe import Recipe, RewardRecipe
+    from sharding.host_memory import keep_freed_memory
     from sharding.layout import use_devices
     from sharding.processes import peers_explained, start
 
@@ -97,6 +98,7 @@ def run_recipe(path: Path, options: Sequence[str]) -> None:
         )
     prog = f"glm-jax run {path}"
     recipe, processes = override(config, options, prog=prog, description=description)
+    keep_freed_memory()
     use_devices(recipe.devices, start(processes))
     with peers_explained():
         _run(recipe) if isinstance(recipe, Recipe) else _run_reward(recipe)

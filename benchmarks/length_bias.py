@@ -54,7 +54,7 @@ def planted(pairs: list[Preference], seed: int) -> list[Preference]:
 
 
 def balanced(pairs: list[Preference], seed: int) -> list[Preference]:
-    """Through the filters, of which only length balancing is on."""
+    """Through the filters; those that can be off are, but for length balancing."""
     config = FilterConfig(min_prompt_chars=0, votes="each", cycles="keep", weigh="pair", seed=seed)
     found = [Found("", Comparison(p.prompt, (p.chosen, p.rejected), (1, 2))) for p in pairs]
     return [pair for _, pair in kept(found, select(survey(found, config, len), config))]

@@ -96,12 +96,10 @@ class TrunkV1(Trunk):
 
     def rotations(self, positions: Int[Array, "B T 2"]) -> Rotations:
         """Of the first half of every head by the position in the context, of the second by that behind it."""
-        frequencies = rotary_frequencies(self.config.head_dim // 2, 10_000.0).astype(np.float16)
+        half = self.config.head_dim // 2
+        frequencies = rotary_frequencies(half, 10_000.0).astype(np.float16).astype(np.float32)
         wide = positions.astype(jnp.float32)
-        context, answer = (
-            rotation(wide[..., axis], frequencies.astype(np.float32)) for axis in (0, 1)
-        )
-        return context, answer
+        return rotation(wide[..., 0], frequencies), rotation(wide[..., 1], frequencies)
 
     def layer(
         self, block: BlockV1, x: jax.Array, rotations: Rotations, attend: Attend, layout: Layout

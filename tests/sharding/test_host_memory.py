@@ -39,5 +39,4 @@ def test_what_is_freed_is_kept_on_the_cpu_alone(platforms: str, kept: bool) -> N
         text=True,
         check=True,
     )
-    faults = int(done.stdout)
-    assert faults < 100 if kept else faults > 30  # 64 where pages are of 2 MiB
+    assert (int(done.stdout) < 30) is kept, done.stdout  # at least 64, where pages are of 2 MiB

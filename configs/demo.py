@@ -7,6 +7,7 @@ from glm_jax.generate import SamplingConfig
 from glm_jax.optim import OptimConfig
 from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.dpo import DPOConfig
+from rlhf.kl import KLConfig
 from rlhf.ppo import PPOConfig
 from rlhf.recipe import Recipe
 from rlhf.reward import RewardConfig
@@ -36,7 +37,7 @@ config = Recipe(
         iterations=80,
         batch_size=64,
         minibatches=2,
-        kl_coef=0.03,
+        kl=KLConfig(coef=0.03),
         sft_batch_size=32,
         sft_weight=0.3,
         sampling=sampling,

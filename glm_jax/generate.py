@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.batch import Prompts, Sequences
+from glm_jax.layers import MASKED
+from glm_jax.loss import Support
 from glm_jax.model import CausalLM, apply_head
 from glm_jax.trunk import Cache
 from sharding.errors import UserError
@@ -37,6 +39,11 @@ class SamplingConfig:
                 raise UserError(f"sampling.{name} = {getattr(self, name)} is out of range")
 
     @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary."""
+        return bool(self.top_k) or self.top_p < 1.0
+
+    @property
     def greedy(self) -> bool:
         """Whether the most probable token is taken."""
         return self.temperature == 0.0
@@ -60,6 +67,23 @@ def warp(logits: Float[Array, "*B V"], sampling: SamplingConfig) -> Float[Array,
         least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1)
         scaled = jnp.where(scaled < least[..., None], -jnp.inf, scaled)
     return scaled
+
+
+def support_of(
+    logits: Float[Array, "B T V"], ids: Int[Array, "B T"], sampling: SamplingConfig, layout: Layout
+) -> Support:
+    """Which tokens could be drawn at every position of `ids`, split like the logits; None where all could.
+
+    `logits` are those of the model that drew. A token that stands there is in, whatever rounding says: at the edge of
+    the nucleus another program may put it out.
+    """
+    if not sampling.truncates:
+        return None
+    whole = jax.sharding.reshard(logits, layout.spec("batch", "time", None))
+    following = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
+    stands = following[..., None] == jnp.arange(logits.shape[-1])
+    kept = (warp(whole, sampling) > MASKED) | stands
+    return jax.sharding.reshard(kept, jax.typeof(logits).sharding.spec)
 
 
 def draw(

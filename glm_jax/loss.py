@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from glm_jax.layers import remade
+from glm_jax.layers import MASKED, remade
 
 
 def aligned(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
@@ -17,12 +17,20 @@ def aligned(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
 
-def token_logprobs(
-    logits: Float[Array, "B T V"], ids: Int[Array, "B T"], temperature: float = 1.0
-) -> Float[Array, "B T"]:
-    """log softmax(logits / temperature) of the tokens that stand there, aligned to them.
+# Which tokens could be drawn at a position (its logits' tokens, not aligned); None: all.
+Support = Bool[Array, "B T V"] | None
 
-    Written as a masked sum, not a gather, so that logits split over the vocabulary stay where they are.
+
+def token_logprobs(
+    logits: Float[Array, "B T V"],
+    ids: Int[Array, "B T"],
+    temperature: float = 1.0,
+    support: Support = None,
+) -> Float[Array, "B T"]:
+    """log softmax(logits / temperature) over the `support` of the tokens that stand there, aligned to them.
+
+    Written as a masked sum, not a gather, so that logits split over the vocabulary stay where they are. The support
+    must hold the tokens that stand there.
     """
     # ids move and not logits, of which a slice is a copy
     following = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
@@ -35,7 +43,7 @@ def token_logprobs(
 
     @remade
     def chosen(logits: jax.Array) -> jax.Array:
-        scaled = logits / temperature
+        scaled = _restricted(logits / temperature, support)
         hit = following[:, :, None] == vocabulary
         return jnp.sum(jnp.where(hit, scaled, 0.0), axis=-1) - jax.nn.logsumexp(scaled, axis=-1)
 
@@ -43,12 +51,36 @@ def token_logprobs(
 
 
 def token_kl(
-    logits: Float[Array, "B T V"], ref_logits: Float[Array, "B T V"], temperature: float = 1.0
+    logits: Float[Array, "B T V"],
+    ref_logits: Float[Array, "B T V"],
+    temperature: float = 1.0,
+    support: Support = None,
 ) -> Float[Array, "B T"]:
-    """KL(policy || reference) over the whole vocabulary at every token's position, aligned to the token; >= 0."""
-    logp = jax.nn.log_softmax(logits / temperature, axis=-1)
-    ref_logp = jax.nn.log_softmax(ref_logits / temperature, axis=-1)
+    """KL(policy || reference) over the support at every token's position, aligned to the token; >= 0.
+
+    Both distributions are those that remain of softmax(logits / temperature) on the support.
+    """
+    logp = jax.nn.log_softmax(_restricted(logits / temperature, support), axis=-1)
+    ref_logp = jax.nn.log_softmax(_restricted(ref_logits / temperature, support), axis=-1)
     return aligned(jnp.sum(jnp.exp(logp) * (logp - ref_logp), axis=-1))
+
+
+def token_entropy(
+    logits: Float[Array, "B T V"], temperature: float = 1.0, support: Support = None
+) -> Float[Array, "B T"]:
+    """Entropy in nats of the distribution that every token was drawn from, aligned to the token."""
+
+    @remade
+    def entropy(logits: jax.Array) -> jax.Array:
+        logp = jax.nn.log_softmax(_restricted(logits / temperature, support), axis=-1)
+        return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+    return aligned(entropy(logits))
+
+
+def _restricted(logits: jax.Array, support: Support) -> jax.Array:
+    # finite, so that 0 times it is 0
+    return logits if support is None else jnp.where(support, logits, MASKED)
 
 
 # How many entries count in the whole (global) batch. A loss of some of its rows divides by it, and so is their share of

@@ -1,6 +1,7 @@
 """TrainState, the one shape of update step, and the loop around it."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from glm_jax.batch import Sequences
 from glm_jax.loss import Count, cross_entropy, num_counted, token_logprobs
 from glm_jax.metrics import Metrics, Shares, combined, finished, neutral
 from glm_jax.model import CausalLM, apply_model
+from sharding.errors import UserError
 from sharding.layout import Layout
 
 # (model, rows, counts of the whole batch) -> (scalar, shares of metrics)
@@ -62,6 +64,8 @@ def make_update(
 ) -> Update:
     """The jitted update (state, batch) -> (state, metrics); the state is donated.
 
+    Where the gradient is not finite the state comes back as it was: NaN never reaches the weights (`require_finite`).
+
     Args:
         loss_fn: of some rows of a batch their share of its loss, so that the shares of all rows add up.
         counts: rows of the whole batch -> what `loss_fn` divides by.
@@ -82,10 +86,26 @@ def make_update(
             (loss, shares), grads = gradient(rows)
         else:
             (loss, shares), grads = _accumulated(gradient, state.model, rows, layout)
-        metrics = {"loss": loss, **finished(shares), "grad_norm": optax.tree.norm(grads)}
-        return apply_gradients(state, grads, optimizer), metrics
+        norm = optax.tree.norm(grads)
+        metrics = {"loss": loss, **finished(shares), "grad_norm": norm}
+        return _kept_if(
+            jnp.isfinite(norm), apply_gradients(state, grads, optimizer), state
+        ), metrics
 
     return update
+
+
+def _kept_if(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    return jax.tree.map(lambda x, before: jnp.where(good, x, before), new, old)
+
+
+def require_finite(metrics: Mapping[str, float], where: str) -> None:
+    """Raise UserError where an update's gradient was not finite, hence nothing was learnt; `where` names the update."""
+    if not math.isfinite(metrics["grad_norm"]):
+        raise UserError(
+            f"{where}: the gradient is not finite (loss {metrics['loss']:g}); the weights are still those before "
+            f"it. Lower the learning rate, or look for NaN in the weights that the run started from"
+        )
 
 
 def _accumulated(gradient: Callable[[Any], Any], model: Any, rows: Any, layout: Layout) -> Any:
@@ -111,13 +131,18 @@ def train(
     layout: Layout,
     report: Report,
 ) -> TrainState:
-    """Run `num_steps` more updates over `batches` of host arrays, reporting every one."""
+    """Run `num_steps` more updates over `batches` of host arrays, reporting every one.
+
+    Raises UserError at the first whose gradient is not finite.
+    """
     done = int(state.step)
     for step in range(done + 1, done + num_steps + 1):
         batch = layout.put(next(batches))
         tokens = num_tokens(batch)
         state, metrics = update(state, batch)
-        report(step, to_host(metrics), int(tokens))
+        figures = to_host(metrics)
+        require_finite(figures, f"update {step}")
+        report(step, figures, int(tokens))
     return state
 
 

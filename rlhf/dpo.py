@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from glm_jax.train import (
     num_tokens,
     train,
 )
+from rlhf.losses import dpo_loss, ipo_loss
 from rlhf.reward import interleave
 from rlhf.rollout import with_stop
 from sharding.errors import UserError
@@ -44,11 +45,25 @@ class DPOConfig:
     samples: int = 4  # answers a prompt, of which the best and the worst make a pair
     steps: int = 200
     batch_size: int = 64  # pairs an update
+    # dpo: as in the paper; ipo: a squared loss that draws the gap of log-ratios to 1 / (2 beta)
+    loss: Literal["dpo", "ipo"] = "dpo"
+    label_smoothing: float = 0.0  # chance that a label is wrong, for dpo; not in the paper
     beta: float = 0.1
     sft_batch_size: int = 64  # SFT sequences mixed into an update
     sft_weight: float = 0.05  # of the SFT loss mixed in (nats/token)
     sampling: SamplingConfig = SamplingConfig()
     optim: OptimConfig = OptimConfig(learning_rate=1e-6)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 0.5:
+            raise UserError(
+                f"dpo.label_smoothing = {self.label_smoothing} is out of range: a label that is wrong as often as "
+                f"right says nothing, give 0 or more and less than 0.5"
+            )
+        if self.loss == "ipo" and self.label_smoothing:
+            raise UserError("dpo.label_smoothing belongs to dpo.loss = dpo; set it to 0 for ipo")
+        if not self.beta > 0.0:
+            raise UserError(f"dpo.beta = {self.beta} is out of range: give a positive number")
 
 
 class LabelledPairs(NamedTuple):
@@ -56,28 +71,6 @@ class LabelledPairs(NamedTuple):
 
     pairs: Pairs
     ref_logp: Any  # np.ndarray or jax.Array, float32 [B, 2], chosen and rejected
-
-
-def dpo_loss(
-    logp: Float[Array, "B 2"],
-    ref_logp: Float[Array, "B 2"],
-    beta: float,
-    count: int | None = None,
-) -> tuple[jax.Array, Shares]:
-    """-log sigmoid(beta [(log pi - log pi_0)(y_w) - (log pi - log pi_0)(y_l)]) (Rafailov et al. 2023, eq. 7).
-
-    Arguments are log-probabilities in nats of whole answers, column 0 chosen, column 1 rejected. Mean over the `count`
-    pairs of the batch (None: these).
-    """
-    count = count or len(logp)
-    implied = beta * (logp - ref_logp)
-    margin = implied[:, 0] - implied[:, 1]
-    metrics = {
-        "accuracy": jnp.sum(margin > 0) / count,
-        "margin": jnp.sum(margin) / count,
-        "chosen_logratio": jnp.sum(logp[:, 0] - ref_logp[:, 0]) / count,
-    }
-    return -jnp.sum(jax.nn.log_sigmoid(margin)) / count, metrics
 
 
 def answer_logprobs(model: CausalLM, sequences: Sequences, layout: Layout) -> Float[Array, " B"]:
@@ -104,7 +97,11 @@ def pair_loss(
     labelled, sft_batch = batch
     logp = answer_logprobs(model, interleave(labelled.pairs), layout)
     logp = jnp.reshape(logp, (-1, 2), out_sharding=layout.spec("batch", None))
-    loss, metrics = dpo_loss(logp, labelled.ref_logp, config.beta, count[0])
+    if config.loss == "ipo":
+        loss, metrics = ipo_loss(logp, labelled.ref_logp, config.beta, count[0])
+    else:
+        smoothing = config.label_smoothing
+        loss, metrics = dpo_loss(logp, labelled.ref_logp, config.beta, count[0], smoothing)
     sft_loss, _ = language_loss(model, sft_batch, count[1], layout)
     return loss + config.sft_weight * sft_loss, {"dpo_loss": loss, "sft_loss": sft_loss, **metrics}
 

@@ -28,7 +28,7 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
     @app.command
     def certify(
         layouts: tuple[str, ...] = ("named",),
-        jobs: str = "sft,reward,dpo,ppo",
+        jobs: str = "sft,reward,dpo,ppo,grpo",
         model: str = "chatglm3-6b",
         devices: int = 8,
         json: Path | None = None,
@@ -40,7 +40,7 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
         Args:
             layouts: Names, PIPExDATAxFSDPxTENSOR[:gpipe|circular[:MICROBATCHES[:REPEATS]]], all (every factorisation
                 of the devices with both schedules), or named (every name).
-            jobs: Some of sft, reward, dpo, ppo.
+            jobs: Some of sft, reward, dpo, ppo, grpo.
             model: A preset; a tiny model of its architecture is trained.
             devices: On a CPU, how many devices to simulate.
             json: Write the table there too.

@@ -6,24 +6,30 @@ of actor and critic. All arrays are aligned to the token they speak of (see glm_
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from glm_jax.batch import Sequences
-from glm_jax.generate import Generation, SamplingConfig
-from glm_jax.loss import aligned, masked_mean, num_counted, token_kl, token_logprobs
-from glm_jax.metrics import Metrics, Shares
+from glm_jax.generate import Generation, SamplingConfig, support_of
+from glm_jax.loss import (
+    aligned,
+    masked_mean,
+    num_counted,
+    token_entropy,
+    token_kl,
+    token_logprobs,
+)
+from glm_jax.metrics import Metric, Metrics, Shares
 from glm_jax.model import CausalLM, apply_model
 from glm_jax.optim import OptimConfig
 from glm_jax.scalar import ScalarModel, apply_scalar, sequence_scores
-from glm_jax.train import (
-    language_loss,
-    num_targets,
-)
-from rlhf.estimators import gae, policy_loss, shaped_rewards, value_loss
+from glm_jax.train import language_loss, num_targets
+from rlhf.advantages import gae, grpo, on_tokens, rloo, shaped_rewards, whitened
+from rlhf.kl import KLConfig, k2, k3
+from rlhf.losses import policy_loss, value_loss
 from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -34,14 +40,28 @@ class PPOConfig:
     """Settings of PPO; clip, GAE and SFT weights are not in the paper (most are in its later public code)."""
 
     iterations: int = 700  # the paper: 600 to 800
-    batch_size: int = 256  # prompts, hence answers, an iteration
+    batch_size: int = 256  # answers an iteration, `samples` to a prompt
+    samples: int = 1  # answers a prompt; not in the paper
     minibatches: int = 2  # updates an epoch
     epochs: int = 1  # passes over an iteration's answers
+    stop_kl: float | None = (
+        None  # k3 of the old policy (nats/token) that ends an iteration's updates; not in the paper
+    )
     critic_warmup: int = 0  # first iterations, in which only the critic learns; not in the paper
-    kl_coef: float = 0.005  # beta, per token; not in the paper
+    # gae: with a critic, as in the paper; rloo, grpo: against the other answers to the prompt, without one
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    whiten: bool = (
+        False  # advantages, over the whole batch; the paper has the reference baseline instead
+    )
+    kl: KLConfig = KLConfig()
     clip_range: float = 0.2  # of the ratio; not in the paper
     value_clip: float = 0.2  # of the value's change; not in the paper
+    value_weight: float = 1.0  # of the value loss; not in the paper
+    entropy_weight: float = 0.0  # of the policy's entropy (nats/token); not in the paper
     score_clip: float = 5.0  # scores are clamped to +- this; not in the paper
+    # answers cut off at max_new_tokens; penalty: `truncation_penalty` off their score, mask: nothing learnt from them
+    truncated: Literal["keep", "penalty", "mask"] = "keep"  # not in the paper
+    truncation_penalty: float = 1.0  # not in the paper
     gamma: float = 1.0  # discount; not in the paper
     gae_lambda: float = 0.95  # not in the paper
     sft_batch_size: int = 64  # SFT sequences mixed into an update; not in the paper
@@ -54,39 +74,47 @@ class PPOConfig:
     critic: OptimConfig = OptimConfig(learning_rate=2e-6)
 
     def check(self, layout: Layout, generation: Layout) -> None:
-        """Raise UserError where batch and layouts do not divide, or sampling is greedy."""
-        if self.batch_size % self.minibatches:
-            raise UserError(
-                f"ppo.batch_size = {self.batch_size} is not a multiple of ppo.minibatches = {self.minibatches}"
-            )
+        """Raise UserError where batch, samples and layouts do not divide, or sampling is greedy."""
+        for name in ("minibatches", "samples"):
+            if self.batch_size % getattr(self, name):
+                raise UserError(
+                    f"ppo.batch_size = {self.batch_size} is not a multiple of ppo.{name} = {getattr(self, name)}"
+                )
         if self.sampling.greedy:
             raise UserError(
                 "ppo.sampling.temperature = 0 has no log-probabilities to learn from: set it above 0"
             )
-        if self.sampling.top_k or self.sampling.top_p < 1.0:
+        if self.advantage != "gae" and self.samples < 2:
             raise UserError(
-                "ppo.sampling.top_k and top_p must be 0 and 1: the update's log-probabilities are those of the whole "
-                "distribution, answers drawn from a part of it would bias the ratio"
+                f"ppo.advantage = {self.advantage} compares answers to one prompt: set ppo.samples to 2 or more"
+            )
+        if self.advantage != "gae" and self.critic_warmup:
+            raise UserError(
+                f"ppo.critic_warmup = {self.critic_warmup} is for a critic, which ppo.advantage = {self.advantage} "
+                f"does not have: set it to 0"
             )
         layout.check_batch(self.batch_size // self.minibatches, "ppo.batch_size / ppo.minibatches")
         generation.check_batch(self.batch_size, "ppo.batch_size")
 
 
 class Experience(NamedTuple):
-    """What an update learns from; [B, T] float32 arrays count where `sequences.target` is True."""
+    """What an update learns from; [B, T] float32 arrays count where `counts` is True."""
 
     sequences: Sequences
+    counts: jax.Array  # bool [B, T], tokens of answers that are learnt from
     logp: jax.Array  # of the policy that sampled, by the trainer's own program
-    values: jax.Array  # of the critic, before each token
+    ref_logp: jax.Array
+    support: jax.Array | None  # bool [B, T, V], what could be drawn; None: everything
+    values: jax.Array | None  # of the critic, before each token; None without one
     advantages: jax.Array
-    returns: jax.Array
+    returns: jax.Array | None
 
 
 class Models(NamedTuple):
     """The four models of an iteration, by role."""
 
     actor: CausalLM
-    critic: ScalarModel
+    critic: ScalarModel | None  # None where the advantages need none
     reference: CausalLM  # the SFT model, frozen
     reward: ScalarModel  # frozen
 
@@ -99,49 +127,87 @@ def score_answers(
     return jnp.clip(scores, -config.score_clip, config.score_clip)
 
 
+class Finite(NamedTuple):
+    """Which answers have numbers, bool [B] each: NaN from one model spoils its own rows and no others."""
+
+    score: jax.Array
+    actor: jax.Array
+    reference: jax.Array
+    critic: jax.Array
+
+
 def make_experience(
     models: Models,
     answers: Generation,
     baseline: Float[Array, " B"],
+    kl_coef: Float[Array, ""],
     config: PPOConfig,
     stop_id: int,
     layout: Layout,
-) -> tuple[Experience, Metrics]:
+) -> tuple[Experience, Metrics, Finite]:
     """Score answers and estimate advantages; `baseline` is the score of each prompt's reference answer, or 0."""
     sequences, mask = answers.sequences, answers.sequences.target
     temperature = config.sampling.temperature
 
     logits = apply_model(models.actor, sequences.ids, sequences.valid, layout)
     ref_logits = apply_model(models.reference, sequences.ids, sequences.valid, layout)
-    # one temperature for behaviour, actor and reference: else ratio and KL compare different distributions
-    logp = token_logprobs(logits, sequences.ids, temperature)
-    ref_logp = token_logprobs(ref_logits, sequences.ids, temperature)
-    values = aligned(apply_scalar(models.critic, sequences.ids, sequences.valid, layout))
+    # one temperature and one support for behaviour, actor and reference: else ratio and KL compare different
+    # distributions
+    support = support_of(logits, sequences.ids, config.sampling, layout)
+    logp = token_logprobs(logits, sequences.ids, temperature, support)
+    ref_logp = token_logprobs(ref_logits, sequences.ids, temperature, support)
 
     scores = score_answers(models.reward, answers, config, stop_id, layout)
     rewards = scores - baseline
-    shaped = shaped_rewards(rewards, logp, ref_logp, mask, config.kl_coef)
-    advantages, returns = gae(shaped, values, mask, config.gamma, config.gae_lambda)
+    counts = mask
+    if config.truncated == "penalty":
+        rewards = rewards - jnp.where(answers.ended, 0.0, config.truncation_penalty)
+    if config.truncated == "mask":
+        counts = mask & answers.ended[:, None]
+    in_reward = kl_coef if config.kl.place == "reward" else 0.0
+    shaped = shaped_rewards(rewards, logp, ref_logp, mask, in_reward, config.kl.log_ratio_clip)
+    values = returns = None
+    if models.critic is None:
+        relative = {"rloo": rloo, "grpo": grpo}[config.advantage]
+        advantages = on_tokens(relative(jnp.sum(shaped, axis=1), config.samples), mask)
+    else:
+        values = aligned(apply_scalar(models.critic, sequences.ids, sequences.valid, layout))
+        advantages, returns = gae(shaped, values, mask, config.gamma, config.gae_lambda)
+    if config.whiten:
+        advantages = whitened(advantages, counts)
+    log_ratio = logp - ref_logp
     metrics = {
         "reward": jnp.mean(rewards),
         "reward_se": jnp.std(rewards, ddof=1) / rewards.shape[0] ** 0.5,
         "score": jnp.mean(scores),
-        "kl": masked_mean(logp - ref_logp, mask),
-        "kl_exact": masked_mean(token_kl(logits, ref_logits, temperature), mask),
+        "kl": masked_mean(log_ratio, mask),
+        "kl_k2": masked_mean(k2(log_ratio), mask),
+        "kl_k3": masked_mean(k3(log_ratio), mask),
+        "kl_exact": masked_mean(token_kl(logits, ref_logits, temperature, support), mask),
         "entropy": -masked_mean(logp, mask),
         "drift": jnp.max(jnp.where(mask, jnp.abs(logp - answers.logp), 0.0)),
         "length": jnp.mean(jnp.sum(mask, axis=1).astype(jnp.float32)),
         "ended": jnp.mean(answers.ended, dtype=jnp.float32),
-        "advantage_std": jnp.sqrt(masked_mean(advantages**2, mask)),
+        "advantage_std": jnp.sqrt(masked_mean(advantages**2, counts)),
     }
-    return Experience(sequences, logp, values, advantages, returns), metrics
+    experience = Experience(sequences, counts, logp, ref_logp, support, values, advantages, returns)
+    return experience, metrics, _finite(scores, experience)
 
 
-def take_rows(tree: Any, index: jax.Array, layout: Layout) -> Any:
-    """Rows `index` of every [B, ...] array, split like the batch again."""
+def _finite(scores: jax.Array, experience: Experience) -> Finite:
+    def rows(values: jax.Array) -> jax.Array:
+        return jnp.all(jnp.isfinite(values) | ~experience.sequences.target, axis=1)
+
+    actor, reference = rows(experience.logp), rows(experience.ref_logp)
+    critic = actor if experience.values is None else rows(experience.values)
+    return Finite(jnp.isfinite(scores), actor, reference, critic)
+
+
+def take_rows(tree: Any, index: jax.Array) -> Any:
+    """Rows `index` of every [B, ...] array, split as it is."""
 
     def take(x: jax.Array) -> jax.Array:
-        return x.at[index].get(out_sharding=layout.spec("batch", *[None] * (x.ndim - 1)))
+        return x.at[index].get(out_sharding=jax.typeof(x).sharding.spec)
 
     return jax.tree.map(take, tree)
 
@@ -153,23 +219,35 @@ ActorCounts = tuple[jax.Array, jax.Array]  # answer tokens, SFT target tokens
 def actor_counts(rows: ActorRows) -> ActorCounts:
     """What the two losses of a minibatch are divided by."""
     experience, sft_batch = rows
-    return num_targets(experience.sequences), num_targets(sft_batch)
+    return num_counted(experience.counts), num_targets(sft_batch)
 
 
 def actor_loss(
     actor: CausalLM, rows: ActorRows, count: ActorCounts, config: PPOConfig, layout: Layout
 ) -> tuple[jax.Array, Shares]:
-    """L_PPO - beta_sft * mean log pi over SFT tokens (arXiv 2404.00934, section 3.2.3), of a minibatch."""
+    """L_PPO - beta_sft * mean log pi over SFT tokens (arXiv 2404.00934, section 3.2.3), of a minibatch.
+
+    Minus the entropy bonus and plus the KL's k3 where the settings weigh them.
+    """
     experience, sft_batch = rows
-    sequences = experience.sequences
+    sequences, counts, support = experience.sequences, experience.counts, experience.support
+    temperature = config.sampling.temperature
     logits = apply_model(actor, sequences.ids, sequences.valid, layout)
-    logp = token_logprobs(logits, sequences.ids, config.sampling.temperature)
+    logp = token_logprobs(logits, sequences.ids, temperature, support)
     surrogate, metrics = policy_loss(
-        logp, experience.logp, experience.advantages, sequences.target, config.clip_range, count[0]
+        logp, experience.logp, experience.advantages, counts, config.clip_range, count[0]
     )
     sft_loss, _ = language_loss(actor, sft_batch, count[1], layout)
-    metrics = {"policy_loss": surrogate, "sft_loss": sft_loss, **metrics}
-    return surrogate + config.sft_weight * sft_loss, metrics
+    found: dict[str, Metric] = {"policy_loss": surrogate, "sft_loss": sft_loss, **metrics}
+    loss = surrogate + config.sft_weight * sft_loss
+    if config.kl.place == "loss":
+        kl = masked_mean(k3(logp - experience.ref_logp), counts, count[0])
+        loss, found["kl_loss"] = loss + config.kl.coef * kl, kl
+    if config.entropy_weight:
+        by_token = token_entropy(logits, temperature, support)
+        entropy = masked_mean(by_token, counts, count[0])
+        loss, found["policy_entropy"] = loss - config.entropy_weight * entropy, entropy
+    return loss, found
 
 
 CriticCounts = tuple[jax.Array, jax.Array]  # answer tokens, variance of their returns
@@ -177,7 +255,8 @@ CriticCounts = tuple[jax.Array, jax.Array]  # answer tokens, variance of their r
 
 def critic_counts(experience: Experience) -> CriticCounts:
     """What the value loss of a minibatch and its unexplained variance are divided by."""
-    mask, returns = experience.sequences.target, experience.returns
+    mask, returns = experience.counts, experience.returns
+    assert returns is not None
     variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     return num_counted(mask), jnp.maximum(variance, 1e-8)
 
@@ -189,10 +268,11 @@ def critic_loss(
     config: PPOConfig,
     layout: Layout,
 ) -> tuple[jax.Array, Shares]:
-    """The clipped value loss of a minibatch."""
+    """The clipped value loss of a minibatch, times its weight."""
     sequences, (tokens, variance) = experience.sequences, count
     values = aligned(apply_scalar(critic, sequences.ids, sequences.valid, layout))
-    mask, returns = sequences.target, experience.returns
-    loss = value_loss(values, experience.values, returns, mask, config.value_clip, tokens)
+    mask, old_values, returns = experience.counts, experience.values, experience.returns
+    assert old_values is not None and returns is not None
+    loss = value_loss(values, old_values, returns, mask, config.value_clip, tokens)
     explained = masked_mean(1 - (values - returns) ** 2 / variance, mask, tokens)
-    return loss, {"explained_variance": explained}
+    return config.value_weight * loss, {"value_loss": loss, "explained_variance": explained}

@@ -11,6 +11,7 @@ from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.dpo import DPOConfig
 from rlhf.evaluate import EvaluateConfig
 from rlhf.ppo import PPOConfig
+from rlhf.reference import SelectionConfig
 from rlhf.reward import RewardConfig
 from rlhf.sft import SFTConfig
 from sharding.errors import UserError
@@ -44,6 +45,8 @@ class Recipe(BaseRecipe):
     prompt_length: int = 16  # tokens of a prompt, chat format included
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()
+    reward_model: Path | None = None  # one trained elsewhere, with this tokenizer; None: train one
+    selection: SelectionConfig = SelectionConfig()
     ppo: PPOConfig = PPOConfig()
     dpo: DPOConfig = DPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

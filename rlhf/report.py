@@ -147,6 +147,8 @@ def _facts(summary: Summary) -> Iterable[tuple[str, str]]:
 
 
 def _reward_model_fact(reward_model: Summary) -> str:
+    if "from" in reward_model:
+        return f"trained elsewhere: {reward_model['from']}"
     text = f"picks the answer people prefer in {reward_model['accuracy']:.1%}"
     if reward_model.get("accuracy_low") is not None:
         text += f" ({reward_model['accuracy_low']:.1%} to {reward_model['accuracy_high']:.1%})"

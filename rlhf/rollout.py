@@ -1,10 +1,21 @@
 """Answers of a policy, made ready for scoring."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 from glm_jax.batch import Sequences
+
+Rows = TypeVar("Rows")
+
+
+def repeated(rows: Rows, count: int) -> Rows:
+    """Every row of host arrays [B, ...] `count` times, one after the other: a row for each answer to a prompt."""
+    found: Rows = jax.tree.map(lambda x: np.repeat(np.asarray(x), count, axis=0), rows)
+    return found
 
 
 def with_stop(sequences: Sequences, ended: Bool[Array, " B"], stop_id: int) -> Sequences:

@@ -22,24 +22,26 @@ from rlhf.data.records import Splits, prompt_text
 from rlhf.dpo import sample_pairs, train_dpo
 from rlhf.evaluate import Answers, answer, heldout_nll, load_judge, win_tie_lose
 from rlhf.ppo import Models
-from rlhf.ppo_loop import reference_scores, train_ppo
+from rlhf.ppo_loop import train_ppo
 from rlhf.recipe import Recipe, check
-from rlhf.reward_stage import JudgedData, judged_data, reward_stage, summary_of
+from rlhf.reference import References, draw_references
+from rlhf.reward_stage import JudgedData, judged_data, load_reward, reward_stage, summary_of
 from rlhf.runlog import RunLog
 from rlhf.sft import train_sft
-from sharding.disk.directory import write_json
+from sharding.disk.directory import write_json, write_jsonl
 from sharding.layout import Layout
 from sharding.processes import on_first, together
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The six splits as token arrays on the host, and the texts of the held-out prompts."""
+    """The six splits as token arrays on the host, and the texts of the prompts."""
 
     sft: Sequences
     heldout_sft: Sequences
-    judged: JudgedData
+    judged: JudgedData | None  # None where the reward model comes from elsewhere
     prompts: Prompts
+    texts: list[str]
     heldout_prompts: Prompts
     heldout_texts: list[str]
 
@@ -63,8 +65,9 @@ class _Run(BaseRun):
 
     def run(self) -> dict[str, Any]:
         recipe, log = self.recipe, self.log
+        judged = () if recipe.reward_model else ("preferences",)
         with log.stage("data"):
-            splits = self.prepare("sft", "preferences", "prompts")
+            splits = self.prepare("sft", *judged, "prompts")
             texts = (prompt_text(r.prompt) + r.response for r in splits.sft.train)
             self.tokenizer = together(partial(self.load_tokenizer, texts))
             self.data = together(partial(tokenized, splits, self.tokenizer, recipe))
@@ -73,7 +76,7 @@ class _Run(BaseRun):
             model = together(self.load_model)
         self.samplers = self.make_samplers(model.trunk.config)
         sft = self.train_sft(model)
-        reward, reward_summary = self.train_reward(sft)
+        reward, reward_summary = self.reward_model(sft)
         ppo, ppo_summary = self.train_ppo(sft, reward)
         dpo = self.train_dpo(sft, reward)
         with log.stage("export"):
@@ -98,9 +101,10 @@ class _Run(BaseRun):
 
     def note_left_out(self, splits: Splits) -> None:
         """Say how many training examples were too long."""
+        judged = self.data.judged
         for name, left_out, records in (
             ("SFT examples", len(splits.sft.train) - len(self.data.sft.ids), splits.sft.train),
-            ("pairs", self.data.judged.left_out, splits.preferences.train),
+            ("pairs", judged.left_out if judged else 0, splits.preferences.train),
         ):
             if left_out:
                 self.log.note(
@@ -130,37 +134,82 @@ class _Run(BaseRun):
             self.save("sft", model)
         return model
 
-    def train_reward(self, sft: CausalLM) -> tuple[ScalarModel, dict[str, Any]]:
-        config, layout = self.recipe.reward, self.layout
+    def reward_model(self, sft: CausalLM) -> tuple[ScalarModel, dict[str, Any]]:
+        """The reward model and what the summary says of it: trained from the SFT model, or from elsewhere."""
+        config, layout, path = self.recipe.reward, self.layout, self.recipe.reward_model
+        if path is not None:
+            load = partial(load_reward, path, self.tokenizer, self.data.texts, layout)
+            return together(load), {"from": str(path)}
+        judged, seed = self.data.judged, self.recipe.seed
+        assert judged is not None
         with self.log.stage("reward", total=config.steps) as stage:
             start = scalar_model(sft.trunk, layout, self.key("reward"))
-            seed, judged = self.recipe.seed, self.data.judged
             model, card = reward_stage(start, config, judged, seed, layout, stage.step)
             self.save("reward", model)
             on_first(partial(write_card, card, self.directory / "reward"))
             return model, summary_of(card)
 
+    def draw_references(self, sft: CausalLM, reward: ScalarModel) -> References | None:
+        """Answers of the SFT model to the training prompts, kept beside the run's other data; None where not needed."""
+        recipe, prompts = self.recipe, self.data.prompts
+        config, num_prompts = recipe.ppo, len(prompts.row)
+        samples = max(recipe.selection.samples, int(config.reference_baseline))
+        if not samples:
+            return None
+        with self.log.stage("references", total=-(-num_prompts // config.batch_size)) as stage:
+            references = draw_references(
+                reward,
+                sft,
+                self.samplers["ppo"],
+                in_order(prompts, config.batch_size),
+                num_prompts,
+                samples,
+                config,
+                self.tokenizer.eos_id,
+                self.key("reference answers"),
+                self.layout,
+                stage.step,
+            )
+        kept = set(references.selected(recipe.selection).tolist())
+        records = [
+            {
+                "prompt": text,
+                "reference": self.tokenizer.decode_answer(ids),
+                "scores": scores,
+                "kept": row in kept,
+            }
+            for row, (text, ids, scores) in enumerate(
+                zip(self.data.texts, references.answers, references.scores.tolist(), strict=True)
+            )
+        ]
+        on_first(lambda: write_jsonl(self.directory / "references.jsonl", records))
+        return references
+
+    def ppo_prompts(self, references: References | None) -> Prompts:
+        """The prompts that PPO trains on, each with its row number among all."""
+        config, prompts = self.recipe.ppo, self.data.prompts
+        if references is not None and self.recipe.selection.samples:
+            rows = references.selected(self.recipe.selection)
+            self.log.note(
+                f"selection: {len(rows)} of {len(prompts.row)} prompts have scores that differ"
+            )
+            prompts = jax.tree.map(lambda x: x[rows], prompts)
+        wanted = config.batch_size // config.samples
+        if len(prompts.row) < wanted:
+            self.log.note(
+                f"ppo: {len(prompts.row)} prompts are fewer than the {wanted} of an iteration: it has some of them "
+                f"several times, with different answers"
+            )
+        return prompts
+
     def train_ppo(self, sft: CausalLM, reward: ScalarModel) -> tuple[CausalLM, dict[str, float]]:
-        """PPO from the SFT model; the critic starts from the SFT trunk."""
-        config, layout, stop_id = self.recipe.ppo, self.layout, self.tokenizer.eos_id
-        prompts, sample = self.data.prompts, self.samplers["ppo"]
-        baseline = np.zeros(len(prompts.row), np.float32)
-        if config.reference_baseline:
-            with self.log.stage(
-                "baseline", total=-(-len(prompts.row) // config.batch_size)
-            ) as stage:
-                baseline = reference_scores(
-                    reward,
-                    sft,
-                    sample,
-                    in_order(prompts, config.batch_size),
-                    len(prompts.row),
-                    config,
-                    stop_id,
-                    self.key("reference answers"),
-                    layout,
-                    stage.step,
-                )
+        """PPO from the SFT model; the critic, where there is one, starts from the SFT trunk."""
+        config, layout, seed = self.recipe.ppo, self.layout, self.recipe.seed
+        references = self.draw_references(sft, reward)
+        prompts = self.ppo_prompts(references)
+        baseline = np.zeros(len(self.data.prompts.row), np.float32)
+        if references is not None and config.reference_baseline:
+            baseline = references.baseline
         history: list[Mapping[str, float]] = []
         with self.log.stage("ppo", total=config.iterations) as stage:
 
@@ -168,21 +217,24 @@ class _Run(BaseRun):
                 history.append(metrics)
                 stage.step(step, metrics, tokens)
 
-            critic = scalar_model(sft.trunk, layout, self.key("critic"))
+            critic = None
+            if config.advantage == "gae":
+                critic = scalar_model(sft.trunk, layout, self.key("critic"))
             actor, critic = train_ppo(
                 Models(actor=sft, critic=critic, reference=sft, reward=reward),
                 config,
-                shuffled(prompts, config.batch_size, self.recipe.seed),
-                shuffled(self.data.sft, config.sft_batch_size, self.recipe.seed + 1),
+                shuffled(prompts, config.batch_size // config.samples, seed),
+                shuffled(self.data.sft, config.sft_batch_size, seed + 1),
                 baseline,
-                sample,
-                stop_id,
+                self.samplers["ppo"],
+                self.tokenizer.eos_id,
                 self.key("ppo"),
                 layout,
                 report,
             )
             self.save("ppo", actor)
-            self.save("critic", critic)
+            if critic is not None:
+                self.save("critic", critic)
         last = history[-max(1, len(history) // 10) :]
         return actor, {
             "kl": float(np.mean([m["kl"] for m in last])),
@@ -270,14 +322,18 @@ class _Run(BaseRun):
 
 def tokenized(splits: Splits, tokenizer: Tokenizer, recipe: Recipe) -> Data:
     """The splits as token arrays. Raises UserError on a record that is too long."""
+    trained = splits.prompts.train[: recipe.max_prompts]
     heldout = splits.prompts.heldout[: recipe.evaluate.num_prompts]
     sft = partial(sft_rows, tokenizer=tokenizer, length=recipe.length)
     prompts = partial(prompt_rows, tokenizer=tokenizer, prompt_length=recipe.prompt_length)
     return Data(
         sft=sft(splits.sft.train),
         heldout_sft=sft(splits.sft.heldout),
-        judged=judged_data(splits.preferences, tokenizer, recipe.length, recipe.reward),
-        prompts=prompts(splits.prompts.train[: recipe.max_prompts]),
+        judged=None
+        if recipe.reward_model
+        else judged_data(splits.preferences, tokenizer, recipe.length, recipe.reward),
+        prompts=prompts(trained),
+        texts=[prompt_text(record.prompt) for record in trained],
         heldout_prompts=prompts(heldout),
         heldout_texts=[prompt_text(record.prompt) for record in heldout],
     )

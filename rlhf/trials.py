@@ -25,6 +25,7 @@ from glm_jax.scalar import ScalarModel
 from glm_jax.train import TrainState, Update, init_state
 from glm_jax.weights import kept_layout, named_weights, restack
 from rlhf.dpo import DPOConfig, LabelledPairs, dpo_update
+from rlhf.kl import KLConfig
 from rlhf.ppo import Models, PPOConfig
 from rlhf.ppo_loop import Inputs, Iteration, Learners, make_iteration
 from rlhf.reward import RewardConfig, reward_update
@@ -246,33 +247,57 @@ def dpo_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
 def ppo_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
     """Whole iterations of PPO: answers, scores, advantages, two minibatches of actor and critic."""
     sampling = SamplingConfig(max_new_tokens=ANSWER, temperature=0.9)
+    settings = PPOConfig(sampling=sampling, kl=KLConfig(coef=0.1), sft_weight=0.5)
+    return _iterations(settings, config, rows, steps, layout)
+
+
+def grpo_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
+    """Whole iterations of GRPO: four answers a prompt from a part of the vocabulary, whitened, the KL in the loss."""
     settings = PPOConfig(
-        batch_size=2 * rows,
-        minibatches=2,
-        kl_coef=0.1,
+        advantage="grpo",
+        samples=4,
+        whiten=True,
+        kl=KLConfig(coef=0.1, place="loss"),
+        entropy_weight=0.01,
+        truncated="penalty",
         sft_weight=0.5,
-        sampling=sampling,
+        sampling=SamplingConfig(max_new_tokens=ANSWER, temperature=0.9, top_k=VOCAB // 2),
     )
+    return _iterations(settings, config, rows, steps, layout)
+
+
+def _iterations(settings: PPOConfig, config: Config, rows: int, steps: int, layout: Layout) -> Job:
+    settings = dataclasses.replace(settings, batch_size=2 * rows, minibatches=2)
     optimizers = (_optimizer(2 * steps), _optimizer(2 * steps))
-    sample = Sampler(config, sampling, STOP_IDS, layout)
+    sample = Sampler(config, settings.sampling, STOP_IDS, layout)
     plain = make_iteration(settings, optimizers, sample, STOP_IDS[0], layout)
-    programs = {
-        name: Watched(getattr(plain, name))
-        for name in ("experience_of", "update_actor", "update_critic")
-    }
+    has_critic = settings.advantage == "gae"
+    names = ("experience_of", "update_actor", *(("update_critic",) if has_critic else ()))
+    programs = {name: Watched(getattr(plain, name)) for name in names}
     iterate: Iteration = dataclasses.replace(plain, **programs)  # type: ignore[arg-type]
+    num_prompts = 2 * rows // settings.samples
 
     def run() -> Iterator[Seen]:
         policy, scorer = place_model(config, layout), place_scorer(config, layout)
-        models = Models(actor=policy, critic=scorer, reference=policy, reward=scorer)
-        learners = Learners(init_state(policy, optimizers[0]), init_state(scorer, optimizers[1]))
-        baseline = np.linspace(-0.1, 0.1, 2 * rows, dtype=np.float32)
+        critic = scorer if has_critic else None
+        models = Models(actor=policy, critic=critic, reference=policy, reward=scorer)
+        learners = Learners(
+            init_state(policy, optimizers[0]),
+            None if critic is None else init_state(critic, optimizers[1]),
+            settings.kl.coef,
+        )
+        baseline = np.linspace(-0.1, 0.1, num_prompts, dtype=np.float32)
         for step in range(steps):
             sft = iter([sequences(config, f"sft {2 * step + i}", rows) for i in range(2)])
-            inputs = Inputs(prompts(config, f"prompts {step}", 2 * rows), baseline, sft)
+            inputs = Inputs(prompts(config, f"prompts {step}", num_prompts), baseline, sft)
             learners, metrics, _ = iterate(learners, models, inputs, jax.random.key(step))
-            losses = {name: metrics[name] for name in ("loss", "value_loss")}
-            yield Seen(losses, {"actor": _seen(learners.actor), "critic": _seen(learners.critic)})
+            losses: dict[str, float] = {"loss": metrics["loss"]}
+            if has_critic:
+                losses["value_loss"] = metrics["value_loss"]
+            seen = {"actor": _seen(learners.actor)}
+            if learners.critic is not None:
+                seen["critic"] = _seen(learners.critic)
+            yield Seen(losses, seen)
 
     return Job(run(), programs)
 
@@ -282,4 +307,5 @@ JOBS: Mapping[str, Callable[[Config, int, int, Layout], Job]] = {
     "reward": reward_job,
     "dpo": dpo_job,
     "ppo": ppo_job,
+    "grpo": grpo_job,
 }

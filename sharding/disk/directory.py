@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,16 @@ def write_json(path: Path, value: Any) -> None:
     A number that is not finite becomes null (JSON has no name for it), a path its string. Raises UserError where it
     cannot be written.
     """
-    text = json.dumps(finite(value), ensure_ascii=False, indent=2, default=str) + "\n"
+    _write_text(path, json.dumps(finite(value), ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def write_jsonl(path: Path, values: Iterable[Any]) -> None:
+    """`write_json`, a value a line."""
+    lines = (json.dumps(finite(value), ensure_ascii=False, default=str) for value in values)
+    _write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with explained(path):
         temporary.write_text(text, encoding="utf-8")

@@ -42,13 +42,15 @@ def _row(job: str, config: Config, layout: Layout) -> Row:
 
 
 # every axis, both schedules, more and fewer microbatches than stages, every job and generation
-DOZEN = (
+SOME = (
     ("chatglm3-6b", "8x1x1x1:circular:8:2", "sft"),
     ("chatglm3-6b", "1x2x2x2", "sft"),
     ("chatglm3-6b", "4x1x1x2:circular:2:3", "reward"),
     ("chatglm3-6b", "1x1x1x8", "dpo"),
     ("chatglm3-6b", "1x1x4x2", "ppo"),
     ("chatglm3-6b", "2x2x1x2:gpipe:4", "ppo"),
+    ("chatglm3-6b", "2x1x2x2:circular", "grpo"),
+    ("glm-4-9b-0414", "1x2x1x4", "grpo"),
     ("chatglm-6b", "2x1x2x2:circular:2", "sft"),
     ("chatglm-6b", "1x1x8x1", "reward"),
     ("chatglm-6b", "2x2x2x1:gpipe:1", "dpo"),
@@ -58,8 +60,8 @@ DOZEN = (
 )
 
 
-@pytest.mark.parametrize(("model", "layout", "job"), DOZEN)
-def test_a_dozen_of_models_jobs_and_layouts(model: str, layout: str, job: str) -> None:
+@pytest.mark.parametrize(("model", "layout", "job"), SOME)
+def test_some_models_jobs_and_layouts(model: str, layout: str, job: str) -> None:
     row = _row(job, MODELS[model], get_layout(layout, 8))
     assert row.passed, row
 
@@ -84,6 +86,14 @@ def test_every_job_under_every_factorisation(tmp_path: Path) -> None:
     assert sum(len(report["rows"]) for report in reports) == 3 * 120
     for report in reports:
         assert report["pass"], [row for row in report["rows"] if not row["pass"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_grpo_under_every_factorisation(model: str, tmp_path: Path) -> None:
+    report = _certify_all(("grpo", model), tmp_path)
+    assert len(report["rows"]) == 30
+    assert report["pass"], [row for row in report["rows"] if not row["pass"]]
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
@@ -253,7 +263,7 @@ def test_the_command(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--jobs", "sft,grpo"], "unknown job 'grpo': choose some of sft, reward, dpo, ppo"),
+        (["--jobs", "sft,kto"], "unknown job 'kto': choose some of sft, reward, dpo, ppo, grpo"),
         (["--model", "chatglm3-6"], "unknown model 'chatglm3-6': did you mean chatglm3-6b"),
         (["--layouts", "ddp"], "unknown layout 'ddp'"),
         (["--layouts", "2x2x2"], "unknown layout '2x2x2'.*PIPExDATAxFSDPxTENSOR"),

@@ -20,7 +20,7 @@ from glm_jax.model import init_model
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.train import init_state
 from rlhf.sft import sft_update
-from rlhf.trials import tiny
+from rlhf.trials.models import tiny
 from sharding.layout import Layout, get_layout
 
 ROUNDS = 5

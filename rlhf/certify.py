@@ -16,7 +16,7 @@ import numpy as np
 
 from glm_jax.config import Config
 from glm_jax.weights import host_weights
-from rlhf.trials import JOBS
+from rlhf.trials.jobs import JOBS
 from sharding.cost import count_collectives
 from sharding.errors import UserError
 from sharding.layout import Layout, spell_layout

@@ -37,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     logging.getLogger("absl").setLevel(logging.ERROR)  # what Orbax warns of, no user can mend
     # the fields of a recipe are known only once its file is read: what follows the file is parsed then
-    has_recipe = len(args) > 1 and args[0] == "run" and not args[1].startswith("-")
+    has_recipe = len(args) > 1 and args[0] in ("run", "doctor") and not args[1].startswith("-")
     command, options = (args[:2], args[2:]) if has_recipe else (args, [])
     try:
         command = [word for word in command if word != "--debug"]
@@ -73,6 +73,19 @@ def _commands(options: list[str]) -> tyro.extras.SubcommandApp:
         """
         return partial(run_recipe, recipe, options)
 
+    @app.command
+    def doctor(recipe: tyro.conf.Positional[Path]) -> Callable[[], int]:
+        """Check a recipe's PPO before it runs: two iterations on copies of its models, nothing is kept.
+
+        Each check recomputes something by other means - ratio, KL, rewards, masks, advantages, padding - and says what
+        is wrong and which field to change. The models are those of the run in output_dir, as far as it has come.
+        Exit 1 where a check fails. Options after the recipe override its fields, as with run.
+
+        Args:
+            recipe: A Python file that ends in `config = Recipe(...)`, such as configs/demo.py.
+        """
+        return partial(examine_recipe, recipe, options)
+
     model_cli.add_commands(app)
     layout_cli.add_commands(app)
     data_cli.add_commands(app)
@@ -86,22 +99,52 @@ def run_recipe(path: Path, options: Sequence[str]) -> None:
     Everything the run leaves behind is in `output_dir`. Raises UserError.
     """
     # here and not above: JAX and matplotlib are slow to import, and --help has no use for them
+    from rlhf.recipe import Recipe
+    from sharding.processes import peers_explained
+
+    recipe = _started("run", path, options)
+    with peers_explained():
+        _run(recipe) if isinstance(recipe, Recipe) else _run_reward(recipe)
+
+
+def examine_recipe(path: Path, options: Sequence[str]) -> int:
+    """Print what the doctor finds; 1 where a check fails. Raises UserError."""
+    from rich.console import Console
+
+    from rlhf.doctor.page import findings_table
+    from rlhf.doctor.visit import visit
+    from rlhf.recipe import Recipe
+    from rlhf.runlog import RunLog
+    from sharding.processes import on_first, peers_explained
+
+    recipe = _started("doctor", path, options)
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"{path}: a recipe of a reward model alone has no PPO to check")
+    console = Console()
+    with peers_explained(), RunLog(None, console) as log:
+        findings = visit(recipe, log)
+        on_first(lambda: console.print(findings_table(findings)))
+    return int(any(finding.status == "fail" for finding in findings.values()))
+
+
+def _started(command: str, path: Path, options: Sequence[str]) -> "Recipe | RewardRecipe":
+    """The recipe with its fields overridden; devices and processes are there."""
     from rlhf.recipe import Recipe, RewardRecipe
     from sharding.host_memory import keep_freed_memory
     from sharding.layout import use_devices
-    from sharding.processes import peers_explained, start
+    from sharding.processes import start
 
     config, description = load_recipe(path)
     if not isinstance(config, Recipe | RewardRecipe):
         raise UserError(
             f"{path}: config is a {type(config).__name__}: make it a rlhf.recipe.Recipe or RewardRecipe"
         )
-    prog = f"glm-jax run {path}"
+    prog = f"glm-jax {command} {path}"
     recipe, processes = override(config, options, prog=prog, description=description)
     keep_freed_memory()
     use_devices(recipe.devices, start(processes))
-    with peers_explained():
-        _run(recipe) if isinstance(recipe, Recipe) else _run_reward(recipe)
+    found: Recipe | RewardRecipe = recipe
+    return found
 
 
 def _run(recipe: "Recipe") -> None:

@@ -115,7 +115,8 @@ def _certify(names: Sequence[str], jobs: str, model: str, devices: int, json: Pa
     from rich.console import Console
 
     from rlhf.certify import certify
-    from rlhf.trials import JOBS, tiny
+    from rlhf.trials.jobs import JOBS
+    from rlhf.trials.models import tiny
     from sharding.disk.directory import write_json
     from sharding.layout import use_devices
 

@@ -105,6 +105,8 @@ class Experience(NamedTuple):
     logp: jax.Array  # of the policy that sampled, by the trainer's own program
     ref_logp: jax.Array
     support: jax.Array | None  # bool [B, T, V], what could be drawn; None: everything
+    scores: jax.Array  # float32 [B], of the reward model, clamped
+    shaped: jax.Array  # rewards of tokens
     values: jax.Array | None  # of the critic, before each token; None without one
     advantages: jax.Array
     returns: jax.Array | None
@@ -128,9 +130,10 @@ def score_answers(
 
 
 class Finite(NamedTuple):
-    """Which answers have numbers, bool [B] each: NaN from one model spoils its own rows and no others."""
+    """Which answers have numbers, bool [B] each, in the order in which one NaN leads to another."""
 
     score: jax.Array
+    reward: jax.Array  # the score less its baseline
     actor: jax.Array
     reference: jax.Array
     critic: jax.Array
@@ -190,17 +193,20 @@ def make_experience(
         "ended": jnp.mean(answers.ended, dtype=jnp.float32),
         "advantage_std": jnp.sqrt(masked_mean(advantages**2, counts)),
     }
-    experience = Experience(sequences, counts, logp, ref_logp, support, values, advantages, returns)
-    return experience, metrics, _finite(scores, experience)
+    experience = Experience(
+        sequences, counts, logp, ref_logp, support, scores, shaped, values, advantages, returns
+    )
+    return experience, metrics, _finite(experience, rewards)
 
 
-def _finite(scores: jax.Array, experience: Experience) -> Finite:
+def _finite(experience: Experience, rewards: jax.Array) -> Finite:
     def rows(values: jax.Array) -> jax.Array:
         return jnp.all(jnp.isfinite(values) | ~experience.sequences.target, axis=1)
 
     actor, reference = rows(experience.logp), rows(experience.ref_logp)
     critic = actor if experience.values is None else rows(experience.values)
-    return Finite(jnp.isfinite(scores), actor, reference, critic)
+    scores, rewards = jnp.isfinite(experience.scores), jnp.isfinite(rewards)
+    return Finite(scores, rewards, actor, reference, critic)
 
 
 def take_rows(tree: Any, index: jax.Array) -> Any:

@@ -15,7 +15,7 @@ from glm_jax.generate import Generation
 from glm_jax.metrics import Metrics
 from glm_jax.model import CausalLM
 from glm_jax.optim import make_optimizer
-from glm_jax.sampler import Sampler
+from glm_jax.sampler import Move, Sampler
 from glm_jax.scalar import ScalarModel
 from glm_jax.train import (
     Report,
@@ -63,6 +63,19 @@ class Inputs(NamedTuple):
     sft_batches: Iterator[Sequences]  # one is taken an update of the actor
 
 
+class RolledOut(NamedTuple):
+    """Answers of the policy as it is, and what is to be learnt from them."""
+
+    answers: Generation
+    experience: Experience
+    metrics: Metrics
+    moved: Move  # what it cost to bring the policy to the generation layout and back
+
+
+Updates = list[dict[str, jax.Array]]  # the metrics of every update of an iteration
+Step = Callable[[Learners, Models, Inputs, jax.Array, bool], tuple[Learners, dict[str, float], int]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Iteration:
     """The programs of one iteration, each compiled once, and what happens between them."""
@@ -86,40 +99,43 @@ class Iteration:
     ) -> tuple[Learners, dict[str, float], int]:
         """The learners after an iteration, its metrics, and the tokens of its answers.
 
-        Raises UserError, before any update, where a model's output is not a number.
+        Raises UserError where a model's output or a gradient is not a number; nothing was learnt from it then.
         """
-        config, layout, actor = self.config, self.layout, learners.actor
         sample_key, shuffle_key = jax.random.split(key)
-        prompts, baseline = layout.put(repeated((inputs.prompts, inputs.baseline), config.samples))
-        with self.sample.lend(actor.model) as loan:
-            answers = self.sample.draw(loan.policy, prompts, sample_key)
-        actor = dataclasses.replace(actor, model=loan.policy)
-        critic = None if learners.critic is None else learners.critic.model
-        current = models._replace(actor=actor.model, critic=critic)
-        coef = np.float32(learners.kl_coef)
-        experience, metrics, finite = self.experience_of(current, answers, baseline, coef)
-        require_numbers(fetch(finite))
-        learners = learners._replace(actor=actor)
-        learners, means = self._learn(learners, experience, inputs, shuffle_key, actor_learns)
-        figures = {**to_host(metrics), **means, "kl_coef": learners.kl_coef}
-        if loan.cost.num_bytes:
-            figures |= {"reshard_gb": loan.cost.num_bytes / 1e9, "reshard_s": loan.cost.seconds}
-        next_coef = adapted(learners.kl_coef, figures["kl"], config.kl, config.batch_size)
-        tokens = int(num_tokens(answers.sequences))
-        return learners._replace(kl_coef=next_coef), figures, tokens
+        learners, rolled_out = self.roll_out(learners, models, inputs, sample_key)
+        learners, updates = self.learn(
+            learners, rolled_out.experience, inputs, shuffle_key, actor_learns
+        )
+        return self.concluded(learners, rolled_out, updates)
 
-    def _learn(
+    def roll_out(
+        self, learners: Learners, models: Models, inputs: Inputs, key: jax.Array
+    ) -> tuple[Learners, RolledOut]:
+        """Sample and score; the learners are the same ones, of which the actor was moved. Raises UserError on NaN."""
+        actor, put = learners.actor, self.layout.put
+        prompts, baseline = put(repeated((inputs.prompts, inputs.baseline), self.config.samples))
+        with self.sample.lend(actor.model) as loan:
+            answers = self.sample.draw(loan.policy, prompts, key)
+        actor = dataclasses.replace(actor, model=loan.policy)
+        learners = learners._replace(actor=actor)
+        experience, metrics, finite = self.experience_of(
+            current_models(models, learners), answers, baseline, np.float32(learners.kl_coef)
+        )
+        require_numbers(fetch(finite))
+        return learners, RolledOut(answers, experience, metrics, loan.cost)
+
+    def learn(
         self,
         learners: Learners,
         experience: Experience,
         inputs: Inputs,
         key: jax.Array,
         actor_learns: bool,
-    ) -> tuple[Learners, dict[str, float]]:
-        """Epochs of minibatch updates, or fewer where the policy has gone far enough; means over the updates."""
+    ) -> tuple[Learners, Updates]:
+        """Epochs of minibatch updates, or fewer where the policy has gone far enough."""
         actor, critic, kl_coef = learners
-        done: list[dict[str, jax.Array]] = []
-        for index in _minibatches(key, self.config):
+        updates: Updates = []
+        for index in minibatches(key, self.config):
             metrics: dict[str, jax.Array] = {}
             if critic is not None:
                 critic, metrics = self.update_critic(critic, (experience, index))
@@ -128,23 +144,41 @@ class Iteration:
                 sft_batch = self.layout.put(next(inputs.sft_batches))
                 actor, actor_metrics = self.update_actor(actor, (experience, index, sft_batch))
                 metrics = {**metrics, **actor_metrics}
-            done.append(metrics)
+            updates.append(metrics)
             limit = self.config.stop_kl
             if actor_learns and limit is not None and float(metrics["approx_kl"]) > limit:
                 break
+        return Learners(actor, critic, kl_coef), updates
+
+    def concluded(
+        self, learners: Learners, rolled_out: RolledOut, updates: Updates
+    ) -> tuple[Learners, dict[str, float], int]:
+        """What the iteration returns: figures are means over its updates, the KL coefficient is adapted."""
+        means = {name: jnp.mean(jnp.stack([x[name] for x in updates])) for name in updates[0]}
+        figures = to_host({**rolled_out.metrics, **means})
         # of a NaN the mean is NaN, so that one look is enough
-        means = to_host({name: jnp.mean(jnp.stack([x[name] for x in done])) for name in done[0]})
-        require_finite(
-            means, "ppo: an update of the actor" if actor_learns else "ppo: of the critic"
-        )
-        if critic is not None:
-            critic_means = {"loss": means["value_loss"], "grad_norm": means["critic_grad_norm"]}
-            require_finite(critic_means, "ppo: an update of the critic")
-        return Learners(actor, critic, kl_coef), {**means, "updates": float(len(done))}
+        require_finite(figures, "ppo: an update")
+        if learners.critic is not None:
+            of_critic = {"loss": figures["value_loss"], "grad_norm": figures["critic_grad_norm"]}
+            require_finite(of_critic, "ppo: an update of the critic")
+        figures |= {"kl_coef": learners.kl_coef, "updates": float(len(updates))}
+        moved, config = rolled_out.moved, self.config
+        if moved.num_bytes:
+            figures |= {"reshard_gb": moved.num_bytes / 1e9, "reshard_s": moved.seconds}
+        coef = adapted(learners.kl_coef, figures["kl"], config.kl, config.batch_size)
+        tokens = int(num_tokens(rolled_out.answers.sequences))
+        return learners._replace(kl_coef=coef), figures, tokens
+
+
+def current_models(models: Models, learners: Learners) -> Models:
+    """The models with the learners as they are."""
+    critic = None if learners.critic is None else learners.critic.model
+    return models._replace(actor=learners.actor.model, critic=critic)
 
 
 SOURCES = {
     "score": "the reward model scores",
+    "reward": "the scores less their baselines of",
     "actor": "the policy's log-probabilities of",
     "reference": "the reference model's log-probabilities of",
     "critic": "the critic's values of",
@@ -158,7 +192,7 @@ def require_numbers(finite: Finite) -> None:
             bad = np.flatnonzero(~rows)
             raise UserError(
                 f"ppo: {SOURCES[name]} {len(bad)} of {len(rows)} answers are not numbers (first: row {bad[0]} of the "
-                f"batch); nothing was learnt from this iteration. Look for NaN or infinity in that model's weights"
+                f"batch); nothing was learnt from this iteration. Look for NaN or infinity in the model's weights"
             )
 
 
@@ -202,29 +236,32 @@ def train_ppo(
     key: jax.Array,
     layout: Layout,
     report: Report,
+    watched: Callable[[Iteration], Step] | None = None,
 ) -> tuple[CausalLM, ScalarModel | None]:
     """Actor and critic after `config.iterations` iterations; `baseline` holds r(x, y_ref) by prompt index (or 0).
 
-    Batches of `prompts` have config.batch_size / config.samples rows.
+    Batches of `prompts` have config.batch_size / config.samples rows. What `watched` makes of the iteration does the
+    first two in its place.
     """
     config.check(layout, sample.generation)
     updates = config.iterations * config.epochs * config.minibatches
     optimizers = (make_optimizer(config.actor, updates), make_optimizer(config.critic, updates))
     iterate = make_iteration(config, optimizers, sample, stop_id, layout)
+    closely = iterate if watched is None else watched(iterate)
     critic = None if models.critic is None else init_state(models.critic, optimizers[1])
     learners = Learners(init_state(models.actor, optimizers[0]), critic, config.kl.coef)
     for number in range(1, config.iterations + 1):
         batch = next(prompts)
         inputs = Inputs(batch, baseline[np.asarray(batch.row)], sft_batches)
         learns = number > config.critic_warmup
-        learners, metrics, tokens = iterate(
-            learners, models, inputs, jax.random.fold_in(key, number), learns
-        )
+        step = closely if number <= 2 else iterate
+        stream = jax.random.fold_in(key, number)
+        learners, metrics, tokens = step(learners, models, inputs, stream, learns)
         report(number, metrics, tokens)
     return learners.actor.model, None if learners.critic is None else learners.critic.model
 
 
-def _minibatches(key: jax.Array, config: PPOConfig) -> Iterator[np.ndarray]:
+def minibatches(key: jax.Array, config: PPOConfig) -> Iterator[np.ndarray]:
     """int32 row numbers of every minibatch of an iteration, reshuffled each epoch."""
     for epoch in range(config.epochs):
         order = jax.random.permutation(jax.random.fold_in(key, epoch), config.batch_size)

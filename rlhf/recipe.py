@@ -42,6 +42,7 @@ class Recipe(BaseRecipe):
 
     generation_layout: str | None = None  # to sample in; None: `layout` without its pipeline
     max_prompts: int | None = None  # training prompts used for RL; None: all
+    doctor: bool = True  # check the first two iterations of PPO, and stop where something is wrong
     prompt_length: int = 16  # tokens of a prompt, chat format included
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()

@@ -87,16 +87,17 @@ def draw_references(
         answers = sample(sft_model, on_mesh, jax.random.fold_in(key, number))
         row = np.asarray(batch.row)
         real = row >= 0
-        scores[row[real]] = fetch(score(reward, answers)).reshape(-1, samples)[real]
+        found = fetch(score(reward, answers)).reshape(-1, samples)[real]
+        unscored = row[real][~np.isfinite(found).all(axis=1)]
+        if len(unscored):
+            raise UserError(
+                f"the reward model scores the SFT model's answers to {len(unscored)} of {real.sum()} prompts with what "
+                f"is not a number (first: prompt {unscored[0]}); look for NaN or infinity in its weights"
+            )
+        scores[row[real]] = found
         ids, _, target = (x[::samples] for x in fetch(answers.sequences))
         for place in np.flatnonzero(real):
             texts[row[place]] = ids[place][target[place]].tolist()
         tokens = int(num_tokens(answers.sequences))
         report(number + 1, {"score": float(np.nanmean(scores))}, tokens)
-    unscored = np.flatnonzero(~np.isfinite(scores).all(axis=1))
-    if len(unscored):
-        raise UserError(
-            f"the reward model's scores of the SFT model's answers to {len(unscored)} of {num_prompts} prompts are not "
-            f"numbers (first: prompt {unscored[0]}); look for NaN or infinity in its weights"
-        )
     return References(texts, scores)

@@ -1,49 +1,24 @@
 """The run of a recipe, from data to the exported policy."""
 
-import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 
-from glm_jax.batch import Prompts, Sequences
-from glm_jax.config import Config
 from glm_jax.convert import export_hf
 from glm_jax.model import CausalLM
-from glm_jax.sampler import Sampler
-from glm_jax.scalar import ScalarModel, scalar_model
-from glm_jax.tokenizers import Tokenizer
-from rlhf.base_run import BaseRun
-from rlhf.card.page import write_card
-from rlhf.data.batches import in_order, prompt_rows, sft_rows, shuffled
-from rlhf.data.records import Splits, prompt_text
+from glm_jax.scalar import ScalarModel
+from rlhf.data.batches import in_order, shuffled
 from rlhf.dpo import sample_pairs, train_dpo
 from rlhf.evaluate import Answers, answer, heldout_nll, load_judge, win_tie_lose
-from rlhf.ppo import Models
-from rlhf.ppo_loop import train_ppo
+from rlhf.ppo_run import PPORun
 from rlhf.recipe import Recipe, check
-from rlhf.reference import References, draw_references
-from rlhf.reward_stage import JudgedData, judged_data, load_reward, reward_stage, summary_of
 from rlhf.runlog import RunLog
 from rlhf.sft import train_sft
-from sharding.disk.directory import write_json, write_jsonl
+from sharding.disk.directory import write_json
 from sharding.layout import Layout
 from sharding.processes import on_first, together
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The six splits as token arrays on the host, and the texts of the prompts."""
-
-    sft: Sequences
-    heldout_sft: Sequences
-    judged: JudgedData | None  # None where the reward model comes from elsewhere
-    prompts: Prompts
-    texts: list[str]
-    heldout_prompts: Prompts
-    heldout_texts: list[str]
 
 
 def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
@@ -53,25 +28,17 @@ def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
         return _Run(recipe, layout, generation, log).run()
 
 
-class _Run(BaseRun):
+class _Run(PPORun):
     """The stages of one run, in order; each leaves its checkpoint behind before the next begins."""
 
-    recipe: Recipe
-
     def __init__(self, recipe: Recipe, layout: Layout, generation: Layout, log: RunLog) -> None:
-        super().__init__(recipe, layout, log)
-        self.generation = generation
+        super().__init__(recipe, layout, generation, log)
         self.judge = together(partial(load_judge, recipe.evaluate.judge))
 
     def run(self) -> dict[str, Any]:
-        recipe, log = self.recipe, self.log
-        judged = () if recipe.reward_model else ("preferences",)
-        with log.stage("data"):
-            splits = self.prepare("sft", *judged, "prompts")
-            texts = (prompt_text(r.prompt) + r.response for r in splits.sft.train)
-            self.tokenizer = together(partial(self.load_tokenizer, texts))
-            self.data = together(partial(tokenized, splits, self.tokenizer, recipe))
-        self.note_left_out(splits)
+        """All stages; what `summary.json` says."""
+        log = self.log
+        self.load_data()
         with log.stage("model"):
             model = together(self.load_model)
         self.samplers = self.make_samplers(model.trunk.config)
@@ -99,150 +66,14 @@ class _Run(BaseRun):
         policy = self.directory / "checkpoints" / "ppo"
         export_hf(policy, self.directory / "hf", None, "keep", None, self.log.note)
 
-    def note_left_out(self, splits: Splits) -> None:
-        """Say how many training examples were too long."""
-        judged = self.data.judged
-        for name, left_out, records in (
-            ("SFT examples", len(splits.sft.train) - len(self.data.sft.ids), splits.sft.train),
-            ("pairs", judged.left_out if judged else 0, splits.preferences.train),
-        ):
-            if left_out:
-                self.log.note(
-                    f"data: {left_out} of {len(records)} {name} are longer than "
-                    f"length = {self.recipe.length} tokens and are left out"
-                )
-
-    def make_samplers(self, config: Config) -> dict[str, Any]:
-        """Sampling programs by purpose; equal settings share one, so that it compiles once."""
-        stop_ids = self.tokenizer.stop_ids
-        make = partial(
-            Sampler, config, stop_ids=stop_ids, layout=self.layout, generation=self.generation
-        )
-        settings = {
-            "ppo": self.recipe.ppo.sampling,
-            "dpo": self.recipe.dpo.sampling,
-            "greedy": dataclasses.replace(self.recipe.ppo.sampling, temperature=0.0),
-        }
-        programs = {sampling: make(sampling) for sampling in settings.values()}
-        return {purpose: programs[sampling] for purpose, sampling in settings.items()}
-
     def train_sft(self, model: CausalLM) -> CausalLM:
+        """Supervised fine-tuning of the model."""
         config = self.recipe.sft
         with self.log.stage("sft", total=config.steps) as stage:
             batches = shuffled(self.data.sft, config.batch_size, self.recipe.seed)
             model = train_sft(model, config, batches, self.layout, stage.step)
             self.save("sft", model)
         return model
-
-    def reward_model(self, sft: CausalLM) -> tuple[ScalarModel, dict[str, Any]]:
-        """The reward model and what the summary says of it: trained from the SFT model, or from elsewhere."""
-        config, layout, path = self.recipe.reward, self.layout, self.recipe.reward_model
-        if path is not None:
-            load = partial(load_reward, path, self.tokenizer, self.data.texts, layout)
-            return together(load), {"from": str(path)}
-        judged, seed = self.data.judged, self.recipe.seed
-        assert judged is not None
-        with self.log.stage("reward", total=config.steps) as stage:
-            start = scalar_model(sft.trunk, layout, self.key("reward"))
-            model, card = reward_stage(start, config, judged, seed, layout, stage.step)
-            self.save("reward", model)
-            on_first(partial(write_card, card, self.directory / "reward"))
-            return model, summary_of(card)
-
-    def draw_references(self, sft: CausalLM, reward: ScalarModel) -> References | None:
-        """Answers of the SFT model to the training prompts, kept beside the run's other data; None where not needed."""
-        recipe, prompts = self.recipe, self.data.prompts
-        config, num_prompts = recipe.ppo, len(prompts.row)
-        samples = max(recipe.selection.samples, int(config.reference_baseline))
-        if not samples:
-            return None
-        with self.log.stage("references", total=-(-num_prompts // config.batch_size)) as stage:
-            references = draw_references(
-                reward,
-                sft,
-                self.samplers["ppo"],
-                in_order(prompts, config.batch_size),
-                num_prompts,
-                samples,
-                config,
-                self.tokenizer.eos_id,
-                self.key("reference answers"),
-                self.layout,
-                stage.step,
-            )
-        kept = set(references.selected(recipe.selection).tolist())
-        records = [
-            {
-                "prompt": text,
-                "reference": self.tokenizer.decode_answer(ids),
-                "scores": scores,
-                "kept": row in kept,
-            }
-            for row, (text, ids, scores) in enumerate(
-                zip(self.data.texts, references.answers, references.scores.tolist(), strict=True)
-            )
-        ]
-        on_first(lambda: write_jsonl(self.directory / "references.jsonl", records))
-        return references
-
-    def ppo_prompts(self, references: References | None) -> Prompts:
-        """The prompts that PPO trains on, each with its row number among all."""
-        config, prompts = self.recipe.ppo, self.data.prompts
-        if references is not None and self.recipe.selection.samples:
-            rows = references.selected(self.recipe.selection)
-            self.log.note(
-                f"selection: {len(rows)} of {len(prompts.row)} prompts have scores that differ"
-            )
-            prompts = jax.tree.map(lambda x: x[rows], prompts)
-        wanted = config.batch_size // config.samples
-        if len(prompts.row) < wanted:
-            self.log.note(
-                f"ppo: {len(prompts.row)} prompts are fewer than the {wanted} of an iteration: it has some of them "
-                f"several times, with different answers"
-            )
-        return prompts
-
-    def train_ppo(self, sft: CausalLM, reward: ScalarModel) -> tuple[CausalLM, dict[str, float]]:
-        """PPO from the SFT model; the critic, where there is one, starts from the SFT trunk."""
-        config, layout, seed = self.recipe.ppo, self.layout, self.recipe.seed
-        references = self.draw_references(sft, reward)
-        prompts = self.ppo_prompts(references)
-        baseline = np.zeros(len(self.data.prompts.row), np.float32)
-        if references is not None and config.reference_baseline:
-            baseline = references.baseline
-        history: list[Mapping[str, float]] = []
-        with self.log.stage("ppo", total=config.iterations) as stage:
-
-            def report(step: int, metrics: Mapping[str, float], tokens: int) -> None:
-                history.append(metrics)
-                stage.step(step, metrics, tokens)
-
-            critic = None
-            if config.advantage == "gae":
-                critic = scalar_model(sft.trunk, layout, self.key("critic"))
-            actor, critic = train_ppo(
-                Models(actor=sft, critic=critic, reference=sft, reward=reward),
-                config,
-                shuffled(prompts, config.batch_size // config.samples, seed),
-                shuffled(self.data.sft, config.sft_batch_size, seed + 1),
-                baseline,
-                self.samplers["ppo"],
-                self.tokenizer.eos_id,
-                self.key("ppo"),
-                layout,
-                report,
-            )
-            self.save("ppo", actor)
-            if critic is not None:
-                self.save("critic", critic)
-        last = history[-max(1, len(history) // 10) :]
-        return actor, {
-            "kl": float(np.mean([m["kl"] for m in last])),
-            "kl_exact": float(np.mean([m["kl_exact"] for m in last])),
-            "reward_start": history[0]["reward"],
-            "reward_start_se": history[0]["reward_se"],
-            "reward_end": float(np.mean([m["reward"] for m in last])),
-        }
 
     def train_dpo(self, sft: CausalLM, reward: ScalarModel) -> CausalLM:
         """DPO from the SFT model, on its own answers labelled by the reward model."""
@@ -318,22 +149,3 @@ class _Run(BaseRun):
             self.key("evaluate"),
             self.layout,
         )
-
-
-def tokenized(splits: Splits, tokenizer: Tokenizer, recipe: Recipe) -> Data:
-    """The splits as token arrays. Raises UserError on a record that is too long."""
-    trained = splits.prompts.train[: recipe.max_prompts]
-    heldout = splits.prompts.heldout[: recipe.evaluate.num_prompts]
-    sft = partial(sft_rows, tokenizer=tokenizer, length=recipe.length)
-    prompts = partial(prompt_rows, tokenizer=tokenizer, prompt_length=recipe.prompt_length)
-    return Data(
-        sft=sft(splits.sft.train),
-        heldout_sft=sft(splits.sft.heldout),
-        judged=None
-        if recipe.reward_model
-        else judged_data(splits.preferences, tokenizer, recipe.length, recipe.reward),
-        prompts=prompts(trained),
-        texts=[prompt_text(record.prompt) for record in trained],
-        heldout_prompts=prompts(heldout),
-        heldout_texts=[prompt_text(record.prompt) for record in heldout],
-    )

@@ -20,7 +20,7 @@ from glm_jax.config import PRESETS
 from rlhf import certify
 from rlhf.cli import override
 from rlhf.data.batches import in_order, shuffled
-from rlhf.trials import tiny
+from rlhf.trials.models import tiny
 from sharding.errors import UserError
 from sharding.layout import Layout, get_layout, use_devices
 from sharding.processes import fetch, is_first, peers_explained, start, together

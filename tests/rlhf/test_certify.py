@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from glm_jax.config import PRESETS, Config, GLMConfig
 from rlhf import cli
 from rlhf.certify import ROWS, Row, Trained, certify, compare, rows_for, train
-from rlhf.trials import JOBS, tiny
+from rlhf.trials.jobs import JOBS
+from rlhf.trials.models import tiny
 from sharding.errors import UserError
 from sharding.layout import REMATS, Layout, factorisations, get_layout, parse_layout, spell_layout
 

@@ -16,7 +16,7 @@ from glm_jax.model import init_model
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.train import init_state
 from rlhf.sft import sft_update
-from rlhf.trials import tiny
+from rlhf.trials.models import tiny
 from sharding.cost import count_collectives, loop_bodies
 from sharding.layout import Layout, get_layout
 

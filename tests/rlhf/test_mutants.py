@@ -19,7 +19,7 @@ from glm_jax.model_v2 import TrunkV2
 from glm_jax.sampler import Loan, Sampler
 from glm_jax.trunk import Places, Trunk
 from rlhf.certify import Trained, compare, rows_for, train
-from rlhf.trials import tiny
+from rlhf.trials.models import tiny
 from sharding.layout import Layout
 
 CONFIG = tiny(PRESETS["chatglm3-6b"])

@@ -21,7 +21,7 @@ from rlhf.data.pair_rows import TokenPair, judged_rows, packed_rows, token_pairs
 from rlhf.data.records import Preference, user_turn
 from rlhf.reward import Heldout, RewardConfig, pair_scores, reward_loss, total_weight, train_reward
 from rlhf.scoring import scored
-from rlhf.trials import place_scorer, tiny
+from rlhf.trials.models import place_scorer, tiny
 from sharding.errors import UserError
 from sharding.layout import Layout, get_layout
 

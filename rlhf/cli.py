@@ -232,7 +232,7 @@ def load_recipe(path: Path) -> tuple[Any, str]:
 def override(
     config: Any, options: Sequence[str], prog: str, description: str
 ) -> "tuple[Any, Processes]":
-    """`config`, a dataclass, with the fields that `options` name (`--ppo.kl-weight 0.1`) replaced.
+    """`config`, a dataclass, with the fields that `options` name (`--ppo.kl.coef 0.1`) replaced.
 
     The second is what `options` say of the processes of a run: no field, for each process has its own number.
     Prints the help of every field and exits with 0 on --help; a field that does not exist exits with 2 and

@@ -116,7 +116,7 @@ def test_help_of_every_level(recipe: Path, capsys: pytest.CaptureFixture[str]) -
             "--seed INT",
             "--output-dir PATH",
             "--ppo.batch-size INT",
-            "prompts, hence answers, an iteration",  # the comment beside the field
+            "answers an iteration",  # the comment beside the field
             "--debug",
         ],
     }.items():

@@ -14,11 +14,12 @@ from glm_jax.loss import token_logprobs
 from glm_jax.model import CausalLM, apply_model
 from glm_jax.sampler import Sampler
 from glm_jax.tokenizers import Tokenizer
+from rlhf.data.oracle.oracle import gold_reward
 from sharding.errors import UserError
 from sharding.layout import Layout
 from sharding.processes import fetch
 
-Judge = Callable[[str], float]  # text -> [0, 1], 1 is best
+Judge = Callable[[str], float]  # text of prompt and answer -> a number, more is better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,9 @@ class EvaluateConfig:
     num_prompts: int = 256  # held-out prompts
     batch_size: int = 64
     num_samples: int = 3  # answers shown side by side
-    judge: Literal["snownlp"] = "snownlp"  # the sentiment classifier of the SnowNLP package
+    # snownlp: the sentiment classifier of that package; oracle: the gold reward of `OracleData`
+    judge: Literal["snownlp", "oracle"] = "snownlp"
+    rollouts: bool = False  # judge the answers of every PPO iteration too: `judged` of its metrics
     tie_margin: float = 0.1  # judgements of two answers closer than this are a tie
 
 
@@ -38,20 +41,25 @@ class Answers:
 
     texts: list[str]
     lengths: list[int]  # tokens, stop token included
-    judged: list[float]  # in [0, 1], of prompt and answer together
+    judged: list[float]  # of prompt and answer together
 
     @property
     def summary(self) -> dict[str, float]:
         """Mean length, mean judgement and distinct-2."""
         return {
             "length": float(np.mean(self.lengths)),
-            "sentiment": float(np.mean(self.judged)),
+            "judged": float(np.mean(self.judged)),
             "distinct_2": distinct_n(self.texts, 2),
         }
 
 
-def load_judge(name: Literal["snownlp"]) -> Judge:
-    """SnowNLP's Bayes classifier of Chinese sentiment. Raises UserError where the package is missing."""
+def load_judge(name: Literal["snownlp", "oracle"]) -> Judge:
+    """SnowNLP's Bayes classifier of Chinese sentiment, in [0, 1], or the oracle's gold reward, in [-2, 2].
+
+    Raises UserError where the package is missing.
+    """
+    if name == "oracle":
+        return gold_reward
     try:
         from snownlp import sentiment
     except ImportError:

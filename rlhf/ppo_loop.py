@@ -1,7 +1,7 @@
 """Iterations of PPO (arXiv 2404.00934, section 3): the programs of `rlhf.ppo`, each compiled once, and the loop."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -69,9 +69,11 @@ class RolledOut(NamedTuple):
     answers: Generation
     experience: Experience
     metrics: Metrics
+    measured: Mapping[str, float]  # on the host
     moved: Move  # what it cost to bring the policy to the generation layout and back
 
 
+Measure = Callable[[np.ndarray, Generation], Mapping[str, float]]  # (rows of the prompts, answers)
 Updates = list[dict[str, jax.Array]]  # the metrics of every update of an iteration
 Step = Callable[[Learners, Models, Inputs, jax.Array, bool], tuple[Learners, dict[str, float], int]]
 
@@ -88,6 +90,7 @@ class Iteration:
     ]
     update_actor: Update
     update_critic: Update
+    measure: Measure | None = None
 
     def __call__(
         self,
@@ -122,7 +125,9 @@ class Iteration:
             current_models(models, learners), answers, baseline, np.float32(learners.kl_coef)
         )
         require_numbers(fetch(finite))
-        return learners, RolledOut(answers, experience, metrics, loan.cost)
+        rows = repeated(np.asarray(inputs.prompts.row), self.config.samples)
+        measured = self.measure(rows, answers) if self.measure is not None else {}
+        return learners, RolledOut(answers, experience, metrics, measured, loan.cost)
 
     def learn(
         self,
@@ -162,6 +167,7 @@ class Iteration:
             of_critic = {"loss": figures["value_loss"], "grad_norm": figures["critic_grad_norm"]}
             require_finite(of_critic, "ppo: an update of the critic")
         figures |= {"kl_coef": learners.kl_coef, "updates": float(len(updates))}
+        figures |= rolled_out.measured
         moved, config = rolled_out.moved, self.config
         if moved.num_bytes:
             figures |= {"reshard_gb": moved.num_bytes / 1e9, "reshard_s": moved.seconds}
@@ -202,8 +208,9 @@ def make_iteration(
     sample: Sampler,
     stop_id: int,
     layout: Layout,
+    measure: Measure | None = None,
 ) -> Iteration:
-    """An iteration with these optimizers of actor and critic."""
+    """An iteration with these optimizers of actor and critic; what `measure` says of its answers is in its metrics."""
 
     def actor_rows(batch: tuple[Experience, jax.Array, Sequences]) -> ActorRows:
         experience, index, sft_batch = batch
@@ -222,6 +229,7 @@ def make_iteration(
         jax.jit(partial(make_experience, config=config, stop_id=stop_id, layout=layout)),
         make_update(actor, actor_counts, optimizers[0], layout, actor_rows),
         make_update(critic, critic_counts, optimizers[1], layout, critic_rows),
+        measure,
     )
 
 
@@ -237,6 +245,7 @@ def train_ppo(
     layout: Layout,
     report: Report,
     watched: Callable[[Iteration], Step] | None = None,
+    measure: Measure | None = None,
 ) -> tuple[CausalLM, ScalarModel | None]:
     """Actor and critic after `config.iterations` iterations; `baseline` holds r(x, y_ref) by prompt index (or 0).
 
@@ -246,7 +255,7 @@ def train_ppo(
     config.check(layout, sample.generation)
     updates = config.iterations * config.epochs * config.minibatches
     optimizers = (make_optimizer(config.actor, updates), make_optimizer(config.critic, updates))
-    iterate = make_iteration(config, optimizers, sample, stop_id, layout)
+    iterate = make_iteration(config, optimizers, sample, stop_id, layout, measure)
     closely = iterate if watched is None else watched(iterate)
     critic = None if models.critic is None else init_state(models.critic, optimizers[1])
     learners = Learners(init_state(models.actor, optimizers[0]), critic, config.kl.coef)

@@ -10,6 +10,7 @@ import numpy as np
 
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.config import Config
+from glm_jax.generate import Generation
 from glm_jax.model import CausalLM
 from glm_jax.sampler import Sampler
 from glm_jax.scalar import ScalarModel, scalar_model
@@ -19,15 +20,16 @@ from rlhf.card.page import write_card
 from rlhf.data.batches import in_order, prompt_rows, sft_rows, shuffled
 from rlhf.data.records import Splits, prompt_text
 from rlhf.doctor.doctor import Doctor, setting_of
+from rlhf.evaluate import load_judge
 from rlhf.ppo import Models
-from rlhf.ppo_loop import Iteration, Step, train_ppo
+from rlhf.ppo_loop import Iteration, Measure, Step, train_ppo
 from rlhf.recipe import Recipe
 from rlhf.reference import References, draw_references
 from rlhf.reward_stage import JudgedData, judged_data, load_reward, reward_stage, summary_of
 from rlhf.runlog import RunLog
 from sharding.disk.directory import write_jsonl
 from sharding.layout import Layout
-from sharding.processes import on_first, together
+from sharding.processes import fetch, on_first, together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +167,22 @@ class PPORun(BaseRun):
             return None
         return scalar_model(sft.trunk, self.layout, self.key("critic"))
 
+    def measure(self) -> Measure | None:
+        """The judge's mean of an iteration's answers, where the recipe asks for it."""
+        if not self.recipe.evaluate.rollouts:
+            return None
+        judge = together(partial(load_judge, self.recipe.evaluate.judge))
+
+        def judged(rows: np.ndarray, answers: Generation) -> Mapping[str, float]:
+            ids, _, target = fetch(answers.sequences)
+            texts = [
+                self.data.texts[row] + self.tokenizer.decode_answer(ids[place][target[place]])
+                for place, row in enumerate(rows)
+            ]
+            return {"judged": float(np.mean([judge(text) for text in texts]))}
+
+        return judged
+
     def train_ppo(self, sft: CausalLM, reward: ScalarModel) -> tuple[CausalLM, dict[str, float]]:
         """PPO from the SFT model; the critic, where there is one, starts from the SFT trunk."""
         config, layout, seed = self.recipe.ppo, self.layout, self.recipe.seed
@@ -203,6 +221,7 @@ class PPORun(BaseRun):
                 layout,
                 report,
                 watched,
+                self.measure(),
             )
             self.save("ppo", actor)
             if critic is not None:

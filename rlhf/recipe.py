@@ -6,6 +6,7 @@ from pathlib import Path
 from glm_jax.checkpoint import read_shape
 from glm_jax.config import Config, GLMConfig
 from rlhf.data.files.files import FilesData
+from rlhf.data.oracle.oracle import OracleData
 from rlhf.data.public import PublicData
 from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.dpo import DPOConfig
@@ -30,7 +31,7 @@ class BaseRecipe:
     accumulate: int = 1  # pieces an update's batch is cut into, one after another, to save memory
     remat: Remat = "none"  # what layers keep for their gradients; the rest is computed again
     devices: int | None = None  # None: all there are; on a CPU, how many to simulate
-    data: ReviewsData | FilesData | PublicData = ReviewsData()
+    data: ReviewsData | FilesData | PublicData | OracleData = ReviewsData()
     pretrained: Path | None = None  # directory of a model to start from; None: random weights
     model: GLMConfig = GLMConfig(4096, 128, 4, 4, 2, 32, 352)  # shape without `pretrained`
     length: int = 64  # tokens of a training sequence, prompt and answer

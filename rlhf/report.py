@@ -31,10 +31,10 @@ class Measure(NamedTuple):
 
 
 MEASURES = (
-    Measure("win_rate", "Better than SFT", "the judge finds it the more positive answer", "{:.1%}"),
+    Measure("win_rate", "Better than SFT", "the judge finds it the better answer", "{:.1%}"),
     Measure("tie_rate", "As good as SFT", "the judge sees no difference", "{:.1%}"),
     Measure("lose_rate", "Worse than SFT", "the judge prefers SFT's answer", "{:.1%}"),
-    Measure("sentiment", "Sentiment", "the judge's mean score, 0 negative to 1 positive"),
+    Measure("judged", "Judged", "the judge's mean score: SnowNLP's from 0 negative to 1 positive"),
     Measure("length", "Answer length", "mean tokens an answer", "{:.1f}"),
     Measure("distinct_2", "Variety", "distinct-2: share of word pairs that are not repeats"),
     Measure(
@@ -76,8 +76,8 @@ def samples_table(samples: Sequence[Sample], count: int = 3) -> Table:
         table.add_row("[bold]prompt", f"[bold]{escape(sample['prompt'])}")
         for model, name in MODELS.items():
             if model in sample:
-                sentiment = _number(sample.get(f"{model}_sentiment"), "{:.2f}")
-                table.add_row(f"  {name}", escape(sample[model]), sentiment)
+                judged = _number(sample.get(f"{model}_judged"), "{:.2f}")
+                table.add_row(f"  {name}", escape(sample[model]), judged)
         table.add_section()
     return table
 
@@ -222,9 +222,9 @@ def _html_samples(samples: Sequence[Sample]) -> str:
         answers = []
         for model, name in MODELS.items():
             if model in sample:
-                sentiment = _number(sample.get(f"{model}_sentiment"), "sentiment {:.2f}")
+                judged = _number(sample.get(f"{model}_judged"), "judged {:.2f}")
                 answers.append(
-                    f'<div class="answer"><h4>{name} <span>{sentiment}</span></h4>'
+                    f'<div class="answer"><h4>{name} <span>{judged}</span></h4>'
                     f'<p lang="zh">{html.escape(sample[model]) or MISSING}</p></div>'
                 )
         prompt = f'<p class="prompt" lang="zh">{html.escape(sample["prompt"])}</p>'

@@ -132,7 +132,7 @@ class _Run(PPORun):
         for row, prompt in enumerate(data.heldout_texts[: config.num_samples]):
             sample: dict[str, Any] = {"prompt": prompt}
             for name, answers in sampled.items():
-                sample |= {name: answers.texts[row], f"{name}_sentiment": answers.judged[row]}
+                sample |= {name: answers.texts[row], f"{name}_judged": answers.judged[row]}
             samples.append(sample)
         return figures, samples
 

@@ -13,6 +13,8 @@ import tensorflow_datasets as tfds
 
 from rlhf.data.files.builder import Files
 from rlhf.data.files.files import FilesData, Tell, silent
+from rlhf.data.oracle.builder import Oracle
+from rlhf.data.oracle.oracle import OracleData
 from rlhf.data.public import PublicData
 from rlhf.data.records import Split, Splits, require_examples
 from rlhf.data.reviews.builder import Reviews
@@ -25,7 +27,7 @@ NOTES = "notes.json"  # what was left out when the tables were built
 
 
 def prepare(
-    data: ReviewsData | FilesData | PublicData,
+    data: ReviewsData | FilesData | PublicData | OracleData,
     directory: Path,
     tables: Sequence[str] = tuple(RECORD_TYPES),
     tell: Tell = silent,
@@ -42,7 +44,10 @@ def prepare(
     Raises:
         UserError: a file is missing or says what it should not; a split would be empty.
     """
-    builder = Reviews if isinstance(data, ReviewsData) else Files
+    builder: type[RecordsBuilder] = Files
+    for kind, special in ((ReviewsData, Reviews), (OracleData, Oracle)):
+        if isinstance(data, kind):
+            builder = special
     root = directory / fingerprint(data, builder)
     notes: list[str] = []
     splits = functools.cache(lambda: require_examples(data.splits(notes.append), tables))
@@ -54,7 +59,9 @@ def prepare(
     return Splits(**{name: found.get(name, Split((), ())) for name in RECORD_TYPES})
 
 
-def fingerprint(data: ReviewsData | FilesData | PublicData, builder: type[RecordsBuilder]) -> str:
+def fingerprint(
+    data: ReviewsData | FilesData | PublicData | OracleData, builder: type[RecordsBuilder]
+) -> str:
     """Twelve hexadecimal digits that name the data set."""
     paths = data.paths()
     read = {name.split()[0] for name in paths}  # by content, wherever they are

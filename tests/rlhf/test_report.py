@@ -16,7 +16,7 @@ from rlhf.report import samples_table, summary_table, write_report
 from rlhf.runlog import METRICS_FILE, RunLog
 from sharding.disk.directory import write_json
 
-ANSWERS = {"sentiment": 0.41, "length": 28.06, "distinct_2": 0.7}
+ANSWERS = {"judged": 0.41, "length": 28.06, "distinct_2": 0.7}
 SUMMARY: dict[str, Any] = {
     "seed": 5,
     "layout": "dp_tp",
@@ -46,8 +46,8 @@ SAMPLES = [
         "prompt": f"第{number}个",
         "sft": "还行[bold]<b>",
         "ppo": "很好",
-        "sft_sentiment": 0.25,
-        "ppo_sentiment": 0.99,
+        "sft_judged": 0.25,
+        "ppo_judged": 0.99,
     }
     for number in range(5)
 ]
@@ -119,7 +119,7 @@ def test_the_page_holds_everything_and_fetches_nothing(run_directory: Path) -> N
         "12,346",
         "第4个",
         "还行[bold]<b>",
-        "sentiment 0.99",
+        "judged 0.99",
     ):
         assert any(expected in part for part in page.texts), expected
     assert any('"note": "<&>"' in part for part in page.texts)

@@ -1,0 +1,1 @@
+"""A made-up world in which the true reward is known."""

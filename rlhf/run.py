@@ -25,10 +25,10 @@ def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
     """Run a recipe; returns what it writes to `summary.json`. Raises UserError for whatever the user can mend."""
     layout, generation = check(recipe)
     with jax.set_mesh(layout.mesh()):
-        return _Run(recipe, layout, generation, log).run()
+        return Run(recipe, layout, generation, log).run()
 
 
-class _Run(PPORun):
+class Run(PPORun):
     """The stages of one run, in order; each leaves its checkpoint behind before the next begins."""
 
     def __init__(self, recipe: Recipe, layout: Layout, generation: Layout, log: RunLog) -> None:

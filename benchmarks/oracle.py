@@ -1,0 +1,419 @@
+"""What every switch of PPO does where the true reward is known: a table and two plots, over three seeds.
+
+    JAX_PLATFORMS=cpu python benchmarks/oracle.py [SEEDS] [OUT]    # default: 3 runs/oracle; about 20 minutes each
+
+Everything starts from configs/oracle.py: one SFT and one reward model a seed, from annotators who like length. Printed
+as Markdown, and drawn in OUT/overoptimisation.png:
+
+* the reference baseline: how far apart tasks' mean rewards lie at the start, and gain and KL at the end, with it and
+  without, for a reward model without the prior on scores, whose origin nothing fixes;
+* the SFT loss mixed in: held-out NLL, gain and KL, with it and without;
+* prompt selection: iterations until the reward reaches what the run without it ends at;
+* over-optimisation: gold and proxy against KL along PPO, RLOO and GRPO with three coefficients each, of DPO at four
+  betas, and of best-of-n (whose KL is log n - (n - 1) / n, Stiennon et al. 2020, appendix G.3).
+
+Gains are over the SFT model: of the proxy (the reward model's score, which is trained on) and of the gold reward.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from glm_jax.batch import Prompts
+from glm_jax.model import CausalLM
+from glm_jax.optim import make_optimizer
+from glm_jax.scalar import ScalarModel
+from glm_jax.train import init_state
+from rlhf.cli import load_recipe
+from rlhf.data.batches import in_order, shuffled
+from rlhf.data.oracle.oracle import TASKS, gold_reward, task_of
+from rlhf.dpo import sample_pairs, train_dpo
+from rlhf.evaluate import heldout_nll
+from rlhf.kl import KLConfig
+from rlhf.plots import dress, png
+from rlhf.ppo import Models, PPOConfig, score_answers
+from rlhf.ppo_loop import Inputs, Learners, make_iteration
+from rlhf.recipe import Recipe, check
+from rlhf.reference import SelectionConfig, draw_references
+from rlhf.run import Run
+from rlhf.runlog import RunLog
+from sharding.layout import Layout
+from sharding.processes import fetch
+
+History = list[dict[str, float]]
+COEFS = (0.0, 0.02, 0.1)
+BETAS = (0.03, 0.1, 0.3, 1.0)
+BEST_OF = (1, 2, 4, 8, 16, 32)
+METHODS = ("PPO", "RLOO", "GRPO", "DPO", "best of n")
+
+
+class Lab(Run):
+    """The models of one seed, and PPO of any settings from them."""
+
+    sft: CausalLM
+    proxy: ScalarModel
+
+    def make_models(self) -> None:
+        """SFT and reward model, as the recipe has them."""
+        self.load_data()
+        model = self.load_model()
+        self.samplers = self.make_samplers(model.trunk.config)
+        self.sft = self.train_sft(model)
+        self.proxy, _ = self.reward_model(self.sft)
+
+    def ppo(self, name: str, **changes: Any) -> tuple[CausalLM, History]:
+        """A policy and the metrics of every iteration; `changes` are of `Recipe` fields."""
+        before = self.recipe, self.log, self.directory
+        self.directory = before[2] / name
+        self.directory.mkdir(parents=True)
+        self.recipe = dataclasses.replace(before[0], output_dir=self.directory, **changes)
+        with RunLog(self.directory) as self.log:
+            policy, _ = self.train_ppo(self.sft, self.proxy)
+        lines = map(json.loads, (self.directory / "metrics.jsonl").read_text().splitlines())
+        self.recipe, self.log, self.directory = before
+        return policy, [line for line in lines if line["stage"] == "ppo"]
+
+    def nll(self, policy: CausalLM) -> float:
+        """Held-out NLL, nats/token."""
+        return heldout_nll(policy, in_order(self.data.heldout_sft, 32), self.layout)
+
+    def seen(self, policy: CausalLM) -> dict[str, float]:
+        """Proxy, gold and KL of a policy's answers to two batches of training prompts, as PPO's metrics have them."""
+        config = self.recipe.ppo
+        optimizers = (make_optimizer(config.actor, 1), make_optimizer(config.critic, 1))
+        iterate = make_iteration(
+            config,
+            optimizers,
+            self.samplers["ppo"],
+            self.tokenizer.eos_id,
+            self.layout,
+            self.measure(),
+        )
+        critic = self.new_critic(self.sft)
+        assert critic is not None
+        models = Models(policy, critic, self.sft, self.proxy)
+        learners = Learners(
+            init_state(policy, optimizers[0]), init_state(critic, optimizers[1]), config.kl.coef
+        )
+        found = []
+        for number, batch in enumerate(self.batches(2)):
+            inputs = Inputs(batch, np.zeros(len(batch.row), np.float32), iter(()))
+            learners, rolled_out = iterate.roll_out(
+                learners, models, inputs, jax.random.fold_in(self.key("seen"), number)
+            )
+            metrics = {name: float(x) for name, x in fetch(rolled_out.metrics).items()}
+            found.append({**metrics, **rolled_out.measured})
+        return {name: statistics.fmean(x[name] for x in found) for name in found[0]}
+
+    def batches(self, count: int) -> list[Prompts]:
+        """The first batches of the training prompts."""
+        every = in_order(self.data.prompts, self.recipe.ppo.batch_size)
+        return [next(every) for _ in range(count)]
+
+    def two_scores(self) -> np.ndarray:
+        """The proxy's scores of two answers of the SFT model to every training prompt, [prompts, 2]."""
+        config, prompts = self.recipe.ppo, self.data.prompts
+        return draw_references(
+            self.proxy,
+            self.sft,
+            self.samplers["ppo"],
+            in_order(prompts, config.batch_size),
+            len(prompts.row),
+            2,
+            config,
+            self.tokenizer.eos_id,
+            self.key("two scores"),
+            self.layout,
+            silent,
+        ).scores
+
+    def answers(self, samples: int) -> tuple[np.ndarray, np.ndarray]:
+        """Proxy and gold [prompts, samples] of the SFT model's answers to a batch of prompts."""
+        (batch,) = self.batches(1)
+        config, put = self.recipe.ppo, self.layout.put
+        score = jax.jit(
+            partial(score_answers, config=config, stop_id=self.tokenizer.eos_id, layout=self.layout)
+        )
+        texts = [self.data.texts[row] for row in np.asarray(batch.row)]
+        proxy, gold = [], []
+        for number in range(samples):
+            key = jax.random.fold_in(self.key("answers"), number)
+            drawn = self.samplers["ppo"](self.sft, put(batch), key)
+            proxy.append(fetch(score(self.proxy, drawn)))
+            ids, _, target = fetch(drawn.sequences)
+            said = [self.tokenizer.decode_answer(i[t]) for i, t in zip(ids, target, strict=True)]
+            gold.append(
+                [gold_reward(text + answer) for text, answer in zip(texts, said, strict=True)]
+            )
+        return np.stack(proxy, axis=1), np.array(gold).T
+
+    def dpo(self, betas: Sequence[float]) -> list[CausalLM]:
+        """A policy for each beta, from the same pairs."""
+        config, layout = self.recipe.dpo, self.layout
+        prompts = jax.tree.map(lambda x: x[: config.prompts], self.data.prompts)
+        pairs = sample_pairs(
+            self.sft,
+            self.proxy,
+            config,
+            in_order(prompts, self.recipe.ppo.batch_size),
+            self.samplers["dpo"],
+            self.tokenizer.eos_id,
+            self.key("dpo"),
+            layout,
+            silent,
+        )
+        return [
+            train_dpo(
+                self.sft,
+                dataclasses.replace(config, beta=beta),
+                shuffled(pairs, config.batch_size, self.recipe.seed),
+                shuffled(self.data.sft, config.sft_batch_size, self.recipe.seed + 2),
+                layout,
+                silent,
+            )
+            for beta in betas
+        ]
+
+
+def silent(*_: Any) -> None:
+    """Report nothing."""
+
+
+def end(history: History, name: str) -> float:
+    """Mean of the last tenth."""
+    last = history[-max(1, len(history) // 10) :]
+    return statistics.fmean(line[name] for line in last)
+
+
+def gains(history: History) -> dict[str, float]:
+    """What PPO gained in proxy and gold, and its KL in nats an answer."""
+    start = history[0]
+    return {
+        "proxy": end(history, "score") - start["score"],
+        "gold": end(history, "judged") - start["judged"],
+        "KL": end(history, "kl") * end(history, "length"),
+    }
+
+
+def of_baseline(lab: Lab) -> dict[str, dict[str, float]]:
+    """With and without the reference baseline."""
+    found = {}
+    scores, tasks = lab.two_scores(), np.array([task_of(text) for text in lab.data.texts])
+    for name, used in (("with", True), ("without", False)):
+        ppo = dataclasses.replace(lab.recipe.ppo, reference_baseline=used)
+        _, history = lab.ppo(f"baseline-{name}", ppo=ppo)
+        rewards = scores[:, 1] - (scores[:, 0] if used else 0.0)
+        means = [rewards[tasks == task].mean() for task in TASKS]
+        start = {
+            "tasks apart": float(np.std(means, ddof=1)),
+            "reward at start": history[0]["reward"],
+        }
+        found[name] = {**start, **gains(history)}
+    return found
+
+
+def of_sft(lab: Lab) -> dict[str, dict[str, float]]:
+    """With and without the SFT loss."""
+    found, start = {}, lab.nll(lab.sft)
+    for weight in (0.0, 0.05, 0.5):
+        ppo = dataclasses.replace(lab.recipe.ppo, sft_weight=weight)
+        policy, history = lab.ppo(f"sft-{weight}", ppo=ppo)
+        found[f"weight {weight:g}"] = {"NLL": lab.nll(policy) - start, **gains(history)}
+    return found
+
+
+def of_selection(lab: Lab) -> dict[str, dict[str, float]]:
+    """With and without prompt selection: iterations to what the run without it ends at."""
+    found, target = {}, None
+    for name, selection in (
+        ("all prompts", SelectionConfig()),
+        ("half of them", SelectionConfig(4, lab_median(lab))),
+    ):
+        _, history = lab.ppo(f"selection-{name.replace(' ', '-')}", selection=selection)
+        score = smoothed([line["score"] for line in history])
+        target = 0.95 * score[-1] if target is None else target
+        reached = next((n for n, x in enumerate(score, 1) if x >= target), math.inf)
+        found[name] = {"iterations": float(reached), **gains(history)}
+    return found
+
+
+def lab_median(lab: Lab) -> float:
+    """The median over prompts of the variance of four answers' scores."""
+    proxy, _ = lab.answers(4)
+    return float(np.median(np.var(proxy, axis=1, ddof=1)))
+
+
+def smoothed(values: Sequence[float], width: int = 5) -> list[float]:
+    """Means of the last `width` values."""
+    return [statistics.fmean(values[max(0, n - width + 1) : n + 1]) for n in range(len(values))]
+
+
+Point = dict[str, float]  # KL in nats an answer, gains of proxy and gold
+
+
+def of_methods(lab: Lab) -> dict[str, list[list[Point]]]:
+    """Method -> curves."""
+    plain = lab.recipe.ppo
+    grouped = {"samples": 4, "batch_size": plain.batch_size}
+    settings: dict[str, dict[str, Any]] = {
+        "PPO": {},
+        "RLOO": {"advantage": "rloo", **grouped},
+        "GRPO": {"advantage": "grpo", **grouped},
+    }
+    curves: dict[str, list[list[Point]]] = {}
+    for method, fields in settings.items():
+        curves[method] = []
+        for coef in COEFS:
+            place = "loss" if method == "GRPO" else "reward"
+            kl = KLConfig(coef=coef, place=place)  # type: ignore[arg-type]
+            ppo: PPOConfig = dataclasses.replace(plain, kl=kl, **fields)
+            _, history = lab.ppo(f"{method}-{coef:g}", ppo=ppo)
+            curves[method].append([point(line, history[0]) for line in history])
+    start = lab.seen(lab.sft)
+    dpo = [point(lab.seen(policy), start) for policy in lab.dpo(BETAS)]
+    curves["DPO"] = [sorted(dpo, key=lambda x: x["KL"])]
+    curves["best of n"] = [best_of(*lab.answers(max(BEST_OF)))]
+    return curves
+
+
+def point(line: Mapping[str, float], start: Mapping[str, float]) -> Point:
+    """Where a policy is, from its metrics."""
+    return {
+        "KL": max(0.0, line["kl"] * line["length"]),
+        "proxy": line["score"] - start["score"],
+        "gold": line["judged"] - start["judged"],
+    }
+
+
+def best_of(proxy: np.ndarray, gold: np.ndarray) -> list[Point]:
+    """Of n answers the one that the proxy likes best, over disjoint groups of n."""
+    points = []
+    for n in BEST_OF:
+        groups = proxy.reshape(len(proxy), -1, n)
+        best = groups.argmax(axis=2)[..., None]
+        of_gold = np.take_along_axis(gold.reshape(groups.shape), best, axis=2)
+        points.append(
+            {
+                "KL": math.log(n) - (n - 1) / n,
+                "proxy": float(groups.max(axis=2).mean() - proxy.mean()),
+                "gold": float(of_gold.mean() - gold.mean()),
+            }
+        )
+    return points
+
+
+def table(title: str, found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
+    """A Markdown table of means and ranges over seeds."""
+    rows = found[0]
+    columns = list(next(iter(rows.values())))
+    print(
+        f"\n| {title} | " + " | ".join(columns) + " |\n|---" * (1 + 0) + "|---" * len(columns) + "|"
+    )
+    for name in rows:
+        cells = []
+        for column in columns:
+            values = [seed[name][column] for seed in found]
+            cells.append(f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def peaks(curves: Mapping[str, list[list[Point]]]) -> dict[str, dict[str, float]]:
+    """Of every curve: the best gold gain, where it was, and where it ended."""
+    found = {}
+    for method, several in curves.items():
+        labels = [f"coefficient {c:g}" for c in COEFS] if len(several) > 1 else [""]
+        for label, curve in zip(labels, several, strict=True):
+            width = 5 if len(several) > 1 else 1
+            gold = smoothed([x["gold"] for x in curve], width)
+            kl = smoothed([x["KL"] for x in curve], width)
+            at = int(np.argmax(gold))
+            found[f"{method} {label}".strip()] = {
+                "best gold": gold[at],
+                "at KL": kl[at],
+                "gold at the end": gold[-1],
+                "proxy at the end": smoothed([x["proxy"] for x in curve], width)[-1],
+                "KL at the end": kl[-1],
+            }
+    return found
+
+
+def draw(curves: Mapping[str, list[list[Point]]], path: Path) -> None:
+    """Gold and proxy against the root of the KL, a panel a method."""
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(METHODS), sharey=True)
+    for axes, method in zip(panels, METHODS, strict=True):
+        dress(axes, method, "square root of KL, nats an answer", "gain over SFT")
+        for number, curve in enumerate(curves[method]):
+            several = len(curves[method]) > 1
+            width = 5 if several else 1
+            x = [math.sqrt(kl) for kl in smoothed([p["KL"] for p in curve], width)]
+            shade = 0.4 + 0.3 * number if several else 1.0
+            label = f", beta {COEFS[number]:g}" if several else ""
+            for kind, colour in (("gold", "goldenrod"), ("proxy", "steelblue")):
+                y = smoothed([p[kind] for p in curve], width)
+                axes.plot(
+                    x,
+                    y,
+                    color=colour,
+                    alpha=shade,
+                    label=f"{kind}{label}",
+                    marker="" if several else "o",
+                )
+        axes.legend(fontsize=6, frameon=False)
+    path.write_bytes(png(figure))
+
+
+def of_seed(base: Recipe, seed: int, out: Path) -> dict[str, Any]:
+    """Every experiment of a seed."""
+    recipe = dataclasses.replace(base, seed=seed, output_dir=out / f"seed-{seed}", doctor=False)
+    layout, generation = check(recipe)
+    with jax.set_mesh(layout.mesh()):
+        lab = new_lab(recipe, layout, generation)
+        no_prior = dataclasses.replace(base.reward, l2_weight=0.0)
+        apart = dataclasses.replace(
+            recipe, reward=no_prior, output_dir=out / f"seed-{seed}-no-prior"
+        )
+        other = new_lab(apart, layout, generation)
+        found = {
+            "reference baseline": of_baseline(other),
+            "SFT loss": of_sft(lab),
+            "prompt selection": of_selection(lab),
+            "curves": of_methods(lab),
+        }
+    print(f"seed {seed} done", file=sys.stderr, flush=True)
+    return found
+
+
+def new_lab(recipe: Recipe, layout: Layout, generation: Layout) -> Lab:
+    """A lab with its models."""
+    recipe.output_dir.mkdir(parents=True)
+    lab = Lab(recipe, layout, generation, RunLog(None))
+    lab.make_models()
+    return lab
+
+
+def main() -> None:
+    """Run, print, draw."""
+    base, _ = load_recipe(Path(__file__).parents[1] / "configs" / "oracle.py")
+    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    out = Path(sys.argv[2] if len(sys.argv) > 2 else "runs/oracle")
+    found = [of_seed(base, seed, out) for seed in range(seeds)]
+    (out / "found.json").write_text(json.dumps(found))
+    for title in ("reference baseline", "SFT loss", "prompt selection"):
+        table(title, [seed[title] for seed in found])
+    table("over-optimisation", [peaks(seed["curves"]) for seed in found])
+    draw(found[0]["curves"], out / "overoptimisation.png")
+
+
+if __name__ == "__main__":
+    main()

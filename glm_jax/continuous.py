@@ -48,6 +48,15 @@ class RolloutConfig:
             if not fits:
                 raise UserError(f"rollout.{name} = {getattr(self, name)}: {advice}")
 
+    def check(self, layout: Layout, prompt_length: int) -> None:
+        """Raise UserError unless the slots divide over `layout` and prompts of that many tokens fit the buckets."""
+        layout.check_batch(self.slots or 1, "rollout.slots")
+        if prompt_length > self.buckets[-1]:
+            raise UserError(
+                f"prompts of {prompt_length} tokens are longer than the last of rollout.buckets = {self.buckets}: "
+                f"add a wider one or shorten the prompts"
+            )
+
 
 @dataclasses.dataclass
 class Counts:
@@ -76,7 +85,7 @@ class Engine:
         rollout: RolloutConfig,
     ) -> None:
         assert rollout.slots is not None
-        layout.check_batch(rollout.slots, "rollout.slots")
+        rollout.check(layout, prompt_length=1)
         self.counts = Counts()
         self.layout, self.rollout = layout, rollout
         self.num_slots: int = rollout.slots

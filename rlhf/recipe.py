@@ -5,6 +5,7 @@ from pathlib import Path
 
 from glm_jax.checkpoint import read_shape
 from glm_jax.config import Config, GLMConfig
+from glm_jax.continuous import RolloutConfig
 from rlhf.data.files.files import FilesData
 from rlhf.data.public import PublicData
 from rlhf.data.reviews.reviews import ReviewsData
@@ -42,6 +43,9 @@ class Recipe(BaseRecipe):
     generation_layout: str | None = None  # to sample in; None: `layout` without its pipeline
     max_prompts: int | None = None  # training prompts used for RL; None: all
     prompt_length: int = 16  # tokens of a prompt, chat format included
+    rollout: RolloutConfig = (
+        RolloutConfig()
+    )  # how answers are drawn; which ones does not depend on it
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()
     ppo: PPOConfig = PPOConfig()
@@ -95,6 +99,8 @@ def check(recipe: Recipe) -> tuple[Layout, Layout]:
     layout.check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
     generation.check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
     recipe.ppo.check(layout, generation)
+    if recipe.rollout.slots is not None:
+        recipe.rollout.check(generation, recipe.prompt_length)
     return layout, generation
 
 

@@ -112,7 +112,12 @@ class _Run(BaseRun):
         """Sampling programs by purpose; equal settings share one, so that it compiles once."""
         stop_ids = self.tokenizer.stop_ids
         make = partial(
-            Sampler, config, stop_ids=stop_ids, layout=self.layout, generation=self.generation
+            Sampler,
+            config,
+            stop_ids=stop_ids,
+            layout=self.layout,
+            generation=self.generation,
+            rollout=self.recipe.rollout,
         )
         settings = {
             "ppo": self.recipe.ppo.sampling,

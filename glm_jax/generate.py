@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.layers import MASKED
@@ -87,26 +87,33 @@ def support_of(
 
 
 def draw(
-    warped: Float[Array, "B V"],
+    logits: Float[Array, "B V"],
     row_keys: jax.Array,
-    number: Int[Array, ""],
+    number: Int[Array, " B"],
     sampling: SamplingConfig,
-) -> Int[Array, " B"]:
-    """The `number`-th token of every row's answer, each from the row's own random stream."""
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Token `number` of every row's answer from the row's own random stream, and its log-probability in nats.
+
+    Both are of the distribution that `warp` makes of the logits.
+    """
+    warped = warp(logits, sampling)
     if sampling.greedy:
-        return jnp.argmax(warped, axis=-1).astype(jnp.int32)
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(row_keys)
-    return jax.vmap(jax.random.categorical)(keys, warped).astype(jnp.int32)
+        token = jnp.argmax(warped, axis=-1)
+    else:
+        keys = jax.vmap(jax.random.fold_in)(row_keys, number)
+        token = jax.vmap(jax.random.categorical)(keys, warped)
+    hit = token[:, None] == jnp.arange(warped.shape[-1])
+    logp = jnp.sum(jnp.where(hit, jax.nn.log_softmax(warped, axis=-1), 0.0), axis=-1)
+    return token.astype(jnp.int32), logp
 
 
 class Generation(NamedTuple):
-    """Prompts with their answers, P + R columns."""
+    """Prompts with their answers, P + R columns; on the host or on the mesh."""
 
     sequences: Sequences  # target marks the answer, its stop token included
-    logp: Float[
-        Array, "B T"
-    ]  # of the answer's tokens in the distribution they were drawn from (`warp`), 0 elsewhere
-    ended: Bool[Array, " B"]  # False where the answer was cut off at max_new_tokens
+    # float32 [B, T], of the answer's tokens in the distribution they were drawn from (`warp`), 0 elsewhere
+    logp: Any
+    ended: Any  # bool [B], False where the answer was cut off at max_new_tokens
 
 
 class _Decoding(NamedTuple):
@@ -124,41 +131,45 @@ class _Decoding(NamedTuple):
 def generate(
     model: CausalLM,
     prompts: Prompts,
+    seeds: Int[Array, "B samples"],
     key: jax.Array,
     sampling: SamplingConfig,
     stop_ids: tuple[int, ...],
     layout: Layout,
 ) -> Generation:
-    """Draw one answer a prompt; a row stops at any of `stop_ids`. The layout must have no pipeline stages.
+    """Draw one answer a prompt and seed, all of the first prompt before those of the next.
 
-    Row b draws from its own stream, key folded with b and then with the token's number, so that an answer does not
-    depend on the layout or on its neighbours.
+    A row stops at any of `stop_ids`. The layout must have no pipeline stages. An answer has its own random stream, the
+    key folded with the seed and then with the token's number, so that it does not depend on the layout or on its
+    neighbours.
     """
-    batch = prompts.ids.shape[0]
+    batch, samples = seeds.shape
     row = layout.spec("batch")
     grid = layout.spec("batch", None)
-    row_keys = _row_keys(key, batch, layout)
+    seeds = jnp.reshape(seeds, -1, out_sharding=row)
+    keys = row_keys(key, seeds)
     stops = jnp.array(stop_ids, jnp.int32)
+    width = prompts.ids.shape[1]
 
     def step(state: _Decoding) -> _Decoding:
-        warped = warp(state.logits, sampling)
-        token = jnp.where(state.done, 0, draw(warped, row_keys, state.decided, sampling))
-        hit = token[:, None] == jnp.arange(warped.shape[-1])
-        logp = jnp.sum(jnp.where(hit, jax.nn.log_softmax(warped, axis=-1), 0.0), axis=-1)
+        number = jnp.full_like(seeds, state.decided)
+        token, logp = draw(state.logits, keys, number, sampling)
+        token = jnp.where(state.done, 0, token)
 
         def write(buffer: jax.Array, column: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(
                 buffer, column[:, None], state.decided, axis=1
             )
 
-        hidden, cache = model.trunk.decode(token, state.cache, layout)
+        column = width + state.decided
+        hidden, cache = model.trunk.decode(token, state.cache, column, layout)
         return _Decoding(
             decided=state.decided + 1,
             ids=write(state.ids, token),
             logp=write(state.logp, jnp.where(state.done, 0.0, logp)),
             mask=write(state.mask, ~state.done),
             done=state.done | jnp.any(token[:, None] == stops, axis=1),
-            logits=_next_logits(model, hidden, layout),
+            logits=next_logits(model, hidden, layout),
             cache=cache,
         )
 
@@ -166,25 +177,41 @@ def generate(
         return (state.decided < sampling.max_new_tokens) & ~jnp.all(state.done)
 
     hidden, cache = model.trunk.prefill(prompts.ids, prompts.valid, sampling.max_new_tokens, layout)
-    shape = (batch, sampling.max_new_tokens)
+    logits = next_logits(model, hidden[:, -1], layout)
+    repeat = partial(_repeated, times=samples)
+    shape = (batch * samples, sampling.max_new_tokens)
     start = _Decoding(
         decided=jnp.int32(0),
         ids=jnp.zeros(shape, jnp.int32, out_sharding=grid),
         logp=jnp.zeros(shape, jnp.float32, out_sharding=grid),
         mask=jnp.zeros(shape, bool, out_sharding=grid),
-        done=jnp.zeros((batch,), bool, out_sharding=row),
-        logits=_next_logits(model, hidden[:, -1], layout),
-        cache=cache,
+        done=jnp.zeros(shape[:1], bool, out_sharding=row),
+        logits=repeat(logits),
+        cache=Cache(
+            keys=repeat(cache.keys, axis=1),
+            values=repeat(cache.values, axis=1),
+            real=repeat(cache.real),
+            position=repeat(cache.position),
+        ),
     )
     end = jax.lax.while_loop(unfinished, step, start)
-    blank = jnp.zeros_like(prompts.valid)
+    ids, valid = repeat(prompts.ids), repeat(prompts.valid)
+    blank = jnp.zeros_like(valid)
     sequences = Sequences(
-        ids=jnp.concatenate([prompts.ids, end.ids], axis=1),
-        valid=jnp.concatenate([prompts.valid, end.mask], axis=1),
+        ids=jnp.concatenate([ids, end.ids], axis=1),
+        valid=jnp.concatenate([valid, end.mask], axis=1),
         target=jnp.concatenate([blank, end.mask], axis=1),
     )
     logp = jnp.concatenate([blank.astype(jnp.float32), end.logp], axis=1)
     return Generation(sequences, logp, end.done)
+
+
+def _repeated(x: jax.Array, times: int, axis: int = 0) -> jax.Array:
+    """Every entry of the batch axis `times` times in a row, on the device where it is."""
+    shape = (*x.shape[: axis + 1], times, *x.shape[axis + 1 :])
+    wide = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
+    rows = (*x.shape[:axis], x.shape[axis] * times, *x.shape[axis + 1 :])
+    return jnp.reshape(wide, rows, out_sharding=jax.typeof(x).sharding)
 
 
 def stream(
@@ -205,12 +232,11 @@ def stream(
     real = np.zeros(ids.shape, bool)
     ids[:, width - len(prompt) :] = prompt
     real[:, width - len(prompt) :] = True
-    keys = _row_keys(key, len(ids), layout)
-    ids, real = layout.put((ids, real))
+    ids, real, seeds = layout.put((ids, real, np.arange(len(ids), dtype=np.int32)))
     logits, cache = _prefill(model, ids, real, sampling.max_new_tokens, layout)
     for decided in range(sampling.max_new_tokens):
         drawn, logits, cache = _decode(
-            model, logits, cache, keys, jnp.int32(decided), sampling, layout
+            model, logits, cache, seeds, key, jnp.int32(decided), width, sampling, layout
         )
         token = int(drawn[0])
         yield token
@@ -223,25 +249,28 @@ def _prefill(
     model: CausalLM, ids: jax.Array, real: jax.Array, room: int, layout: Layout
 ) -> tuple[jax.Array, Cache]:
     hidden, cache = model.trunk.prefill(ids, real, room, layout)
-    return _next_logits(model, hidden[:, -1], layout), cache
+    return next_logits(model, hidden[:, -1], layout), cache
 
 
-@partial(jax.jit, static_argnames=("sampling", "layout"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("width", "sampling", "layout"), donate_argnames="cache")
 def _decode(
     model: CausalLM,
     logits: jax.Array,
     cache: Cache,
-    keys: jax.Array,
+    seeds: jax.Array,
+    key: jax.Array,
     decided: jax.Array,
+    width: int,
     sampling: SamplingConfig,
     layout: Layout,
 ) -> tuple[jax.Array, jax.Array, Cache]:
-    token = draw(warp(logits, sampling), keys, decided, sampling)
-    hidden, cache = model.trunk.decode(token, cache, layout)
-    return token, _next_logits(model, hidden, layout), cache
+    number = jnp.full_like(seeds, decided)
+    token, _ = draw(logits, row_keys(key, seeds), number, sampling)
+    hidden, cache = model.trunk.decode(token, cache, width + decided, layout)
+    return token, next_logits(model, hidden, layout), cache
 
 
-def _next_logits(model: CausalLM, hidden: Float[Array, "B D"], layout: Layout) -> jax.Array:
+def next_logits(model: CausalLM, hidden: Float[Array, "B D"], layout: Layout) -> jax.Array:
     """float32 [B, V], whole on every device of a row and without the vocabulary's padding.
 
     So the random numbers of a draw, which depend on V, are those of every layout.
@@ -251,6 +280,6 @@ def _next_logits(model: CausalLM, hidden: Float[Array, "B D"], layout: Layout) -
     return whole[:, : model.trunk.config.vocab_size]
 
 
-def _row_keys(key: jax.Array, batch: int, layout: Layout) -> jax.Array:
-    rows = jax.sharding.reshard(jnp.arange(batch), layout.spec("batch"))
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+def row_keys(key: jax.Array, seeds: Int[Array, " B"]) -> jax.Array:
+    """The random stream of every row's answer."""
+    return jax.vmap(lambda seed: jax.random.fold_in(key, seed))(seeds)

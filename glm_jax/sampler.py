@@ -11,16 +11,19 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.batch import Prompts
 from glm_jax.config import Config
+from glm_jax.continuous import Engine, RolloutConfig
 from glm_jax.generate import Generation, SamplingConfig, generate
 from glm_jax.model import CausalLM, init_model
 from glm_jax.weights import kept_layout, restack
 from sharding.errors import UserError
 from sharding.layout import MESH_AXES, Layout
 from sharding.pipeline import IDLE, layer_slots
+from sharding.processes import fetch
 
 
 class Move(NamedTuple):
@@ -37,7 +40,8 @@ class Sampler:
     """Draws answers: policies, prompts and answers are laid out for training, what happens inside is not.
 
     `generation` may be any layout of as many devices; None: the training layout without its pipeline. Its `pipe` axis
-    carries batch. Raises UserError where it does not fit the model or the devices.
+    carries batch. `rollout` says whether the answers of a batch are drawn side by side until the last has ended, or
+    by an `Engine`; they are the same. Raises UserError where it does not fit the model or the devices.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Sampler:
         stop_ids: tuple[int, ...],
         layout: Layout,
         generation: Layout | None = None,
+        rollout: RolloutConfig = RolloutConfig(),
     ) -> None:
         self.training = layout
         self.generation = (generation or layout).for_generation()
@@ -60,12 +65,17 @@ class Sampler:
         self._mesh = _remeshed(self._training_mesh, self.generation)
         self._enter = _mover(config, layout, self.generation, self._mesh)
         self._leave = _mover(config, self.generation, layout, self._training_mesh)
+        self.engine: Engine | None = None  # None: answers are drawn side by side
+        if rollout.slots is not None:
+            self.engine = Engine(sampling, stop_ids, self.generation, rollout)
         draw = partial(generate, sampling=sampling, stop_ids=stop_ids, layout=self.generation)
         self._draw = jax.jit(draw)
 
-    def __call__(self, policy: CausalLM, prompts: Prompts, key: jax.Array) -> Generation:
+    def __call__(
+        self, policy: CausalLM, prompts: Prompts, key: jax.Array, samples: int = 1
+    ) -> Generation:
         """Answers of a policy that stays where it is; a copy of it moves."""
-        return self.draw(self.enter(policy), prompts, key)
+        return self.draw(self.enter(policy), prompts, key, samples)
 
     def enter(self, policy: CausalLM) -> CausalLM:
         """A copy of the policy in the generation layout; the policy itself if both layouts split it alike."""
@@ -82,17 +92,28 @@ class Sampler:
         yield loan
         loan.policy, loan.back = _timed(self._leave, self.generation, self.training, loan.policy)
 
-    def draw(self, policy: CausalLM, prompts: Prompts, key: jax.Array) -> Generation:
-        """Answers of a policy that is in the generation layout already."""
+    def draw(
+        self, policy: CausalLM, prompts: Prompts, key: jax.Array, samples: int = 1
+    ) -> Generation:
+        """Answers of a policy that is in the generation layout already, `samples` a prompt one after another.
+
+        Sample k of row b is drawn with seed b * samples + k.
+        """
+        seeds = np.arange(len(prompts.ids) * samples, dtype=np.int32).reshape(-1, samples)
+        key = jax.device_put(key, NamedSharding(self._mesh, PartitionSpec()))
+        if self.engine is not None:
+            host = fetch(prompts)
+            with jax.set_mesh(self._mesh):
+                drawn = self.engine.draw(policy, host, seeds, key)
+            return self.training.put(drawn)
 
         def rows(x: jax.Array, layout: Layout, mesh: Mesh) -> jax.Array:
             spec = layout.spec("batch", *[None] * (x.ndim - 1))
             return jax.device_put(x, NamedSharding(mesh, spec))
 
         prompts = jax.tree.map(lambda x: rows(x, self.generation, self._mesh), prompts)
-        key = jax.device_put(key, NamedSharding(self._mesh, PartitionSpec()))
         with jax.set_mesh(self._mesh):
-            answers = self._draw(policy, prompts, key)
+            answers = self._draw(policy, prompts, self.generation.put(seeds), key)
         return jax.tree.map(lambda x: rows(x, self.training, self._training_mesh), answers)
 
 

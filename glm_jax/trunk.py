@@ -43,13 +43,15 @@ class Places(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, of which the first `length` columns are filled."""
+    """Keys and values of every layer.
+
+    Keys were rotated by their positions, so that the order of the columns means nothing.
+    """
 
     keys: Float[Array, "layer B S K H"]
     values: Float[Array, "layer B S K H"]
-    real: Bool[Array, "B S"]  # columns that hold, or will hold, real tokens
-    position: Int[Array, "B A"]  # of the token that stands last
-    length: Int[Array, ""]
+    real: Bool[Array, "B S"]  # columns that hold a token of the row's sequence
+    position: Int[Array, "B A"]  # of the token that came last
 
 
 def running_sum(values: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -146,20 +148,19 @@ class Trunk(nnx.Module):
         cache = Cache(
             keys=keys,
             values=values,
-            real=jnp.pad(real, ((0, 0), (0, room)), constant_values=True),
+            real=jnp.pad(real, ((0, 0), (0, room))),
             position=places.positions[:, -1],
-            length=jnp.int32(ids.shape[1]),
         )
         return self.finish(x), cache
 
     def decode(
-        self, ids: Int[Array, " B"], cache: Cache, layout: Layout
+        self, ids: Int[Array, " B"], cache: Cache, column: Int[Array, ""], layout: Layout
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """Hidden states of one further token a row, and the cache with them appended."""
+        """Hidden states of one further token a row, and the cache with them in `column`."""
         position = cache.position + jnp.array(self.position_step)
         rotations = self.rotations(position[:, None])
-        filled = jnp.arange(cache.real.shape[1]) <= cache.length
-        mask = (cache.real & filled)[:, None, :]
+        real = cache.real | (jnp.arange(cache.real.shape[1]) == column)
+        mask = real[:, None, :]
 
         def layer(
             x: jax.Array, block_and_cache: tuple[Any, jax.Array, jax.Array]
@@ -168,9 +169,9 @@ class Trunk(nnx.Module):
             written = []
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                append = jax.lax.dynamic_update_slice_in_dim
-                written.append(append(keys, k, cache.length, axis=1))
-                written.append(append(values, v, cache.length, axis=1))
+                write = jax.lax.dynamic_update_slice_in_dim
+                written.append(write(keys, k, column, axis=1))
+                written.append(write(values, v, column, axis=1))
                 return attention(q, written[0], written[1], mask, layout)
 
             x = self.layer(block, x, rotations, attend, layout)
@@ -178,8 +179,7 @@ class Trunk(nnx.Module):
 
         x = self.embed(ids[:, None], layout)
         x, (keys, values) = jax.lax.scan(layer, x, (self._single_stage(), cache.keys, cache.values))
-        cache = cache._replace(keys=keys, values=values, position=position, length=cache.length + 1)
-        return self.finish(x)[:, 0], cache
+        return self.finish(x)[:, 0], Cache(keys, values, real, position)
 
     def embed(self, ids: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
         """Rows of the embedding table, in the compute dtype."""

@@ -8,15 +8,14 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
-import jax.monitoring
 import numpy as np
 
 from glm_jax.config import Config
 from glm_jax.weights import host_weights
 from rlhf.trials.jobs import JOBS
+from sharding.compile import compiled_programs
 from sharding.cost import count_collectives
 from sharding.errors import UserError
 from sharding.layout import Layout, spell_layout
@@ -95,8 +94,8 @@ def train(job: str, config: Config, rows: int, layout: Layout) -> Trained:
                 weights |= {name + path: w for path, w in host_weights(model, layout).items()}
             gradients.append({name + path: g for name, w in host.items() for path, g in w.items()})
             if step == 0:
-                compiled = _num_compiled()
-        recompiles = _num_compiled() - compiled
+                compiled = len(compiled_programs())
+        recompiles = len(compiled_programs()) - compiled
         programs = [p for watched in setup.programs.values() for p in watched.compiled.values()]
     return Trained(
         losses,
@@ -106,22 +105,6 @@ def train(job: str, config: Config, rows: int, layout: Layout) -> Trained:
         sum((count_collectives(program.as_text()) for program in programs), Counter()),
         max(program.memory_analysis().temp_size_in_bytes for program in programs),
     )
-
-
-_compilations: list[str] = []
-
-
-def _listen(event: str, duration_secs: float, **_: Any) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-        _compilations.append(event)
-
-
-jax.monitoring.register_event_duration_secs_listener(_listen)
-
-
-def _num_compiled() -> int:
-    """Programs that this process has compiled so far."""
-    return len(_compilations)
 
 
 def error_of(ours: np.ndarray, reference: np.ndarray, least: float = 0.0) -> float:

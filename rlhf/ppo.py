@@ -94,7 +94,10 @@ class PPOConfig:
                 f"does not have: set it to 0"
             )
         layout.check_batch(self.batch_size // self.minibatches, "ppo.batch_size / ppo.minibatches")
-        generation.check_batch(self.batch_size, "ppo.batch_size")
+        prompts = self.batch_size // self.samples
+        for split in (layout, generation):
+            whole = dataclasses.replace(split, microbatches=1, accumulate=1)
+            whole.check_batch(prompts, "ppo.batch_size / ppo.samples")
 
 
 class Experience(NamedTuple):

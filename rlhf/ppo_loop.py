@@ -115,17 +115,17 @@ class Iteration:
         self, learners: Learners, models: Models, inputs: Inputs, key: jax.Array
     ) -> tuple[Learners, RolledOut]:
         """Sample and score; the learners are the same ones, of which the actor was moved. Raises UserError on NaN."""
-        actor, put = learners.actor, self.layout.put
-        prompts, baseline = put(repeated((inputs.prompts, inputs.baseline), self.config.samples))
+        actor, samples, put = learners.actor, self.config.samples, self.layout.put
+        prompts, baseline = put(inputs.prompts), put(repeated(inputs.baseline, samples))
         with self.sample.lend(actor.model) as loan:
-            answers = self.sample.draw(loan.policy, prompts, key)
+            answers = self.sample.draw(loan.policy, prompts, key, samples)
         actor = dataclasses.replace(actor, model=loan.policy)
         learners = learners._replace(actor=actor)
         experience, metrics, finite = self.experience_of(
             current_models(models, learners), answers, baseline, np.float32(learners.kl_coef)
         )
         require_numbers(fetch(finite))
-        rows = repeated(np.asarray(inputs.prompts.row), self.config.samples)
+        rows = repeated(np.asarray(inputs.prompts.row), samples)
         measured = self.measure(rows, answers) if self.measure is not None else {}
         return learners, RolledOut(answers, experience, metrics, measured, loan.cost)
 

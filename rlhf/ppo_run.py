@@ -83,7 +83,12 @@ class PPORun(BaseRun):
         """Sampling programs by purpose; equal settings share one, so that it compiles once."""
         stop_ids = self.tokenizer.stop_ids
         make = partial(
-            Sampler, config, stop_ids=stop_ids, layout=self.layout, generation=self.generation
+            Sampler,
+            config,
+            stop_ids=stop_ids,
+            layout=self.layout,
+            generation=self.generation,
+            rollout=self.recipe.rollout,
         )
         settings = {
             "ppo": self.recipe.ppo.sampling,
@@ -224,6 +229,8 @@ class PPORun(BaseRun):
                 self.measure(),
             )
             self.save("ppo", actor)
+            if (engine := self.samplers["ppo"].engine) is not None:
+                self.log.note(f"rollouts: {engine.counts}")
             if critic is not None:
                 self.save("critic", critic)
         last = history[-max(1, len(history) // 10) :]

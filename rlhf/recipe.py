@@ -5,6 +5,7 @@ from pathlib import Path
 
 from glm_jax.checkpoint import read_shape
 from glm_jax.config import Config, GLMConfig
+from glm_jax.continuous import RolloutConfig
 from rlhf.data.files.files import FilesData
 from rlhf.data.oracle.oracle import OracleData
 from rlhf.data.public import PublicData
@@ -45,6 +46,9 @@ class Recipe(BaseRecipe):
     max_prompts: int | None = None  # training prompts used for RL; None: all
     doctor: bool = True  # check the first two iterations of PPO, and stop where something is wrong
     prompt_length: int = 16  # tokens of a prompt, chat format included
+    rollout: RolloutConfig = (
+        RolloutConfig()
+    )  # how answers are drawn; which ones does not depend on it
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()
     reward_model: Path | None = None  # one trained elsewhere, with this tokenizer; None: train one
@@ -100,6 +104,8 @@ def check(recipe: Recipe) -> tuple[Layout, Layout]:
     layout.check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
     generation.check_batch(recipe.evaluate.batch_size, "evaluate.batch_size")
     recipe.ppo.check(layout, generation)
+    if recipe.rollout.slots is not None:
+        recipe.rollout.check(generation, recipe.prompt_length)
     return layout, generation
 
 

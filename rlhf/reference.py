@@ -14,7 +14,6 @@ from glm_jax.sampler import Sampler
 from glm_jax.scalar import ScalarModel
 from glm_jax.train import Report, num_tokens
 from rlhf.ppo import PPOConfig, score_answers
-from rlhf.rollout import repeated
 from sharding.errors import UserError
 from sharding.layout import Layout
 from sharding.processes import fetch
@@ -83,8 +82,8 @@ def draw_references(
     scores = np.full((num_prompts, samples), np.nan, np.float32)
     texts: list[list[int]] = [[] for _ in range(num_prompts)]
     for number, batch in enumerate(prompts):
-        on_mesh = layout.put(repeated(batch, samples))
-        answers = sample(sft_model, on_mesh, jax.random.fold_in(key, number))
+        stream = jax.random.fold_in(key, number)
+        answers = sample(sft_model, layout.put(batch), stream, samples)
         row = np.asarray(batch.row)
         real = row >= 0
         found = fetch(score(reward, answers)).reshape(-1, samples)[real]

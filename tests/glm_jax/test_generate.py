@@ -58,8 +58,9 @@ def _run(
 ) -> Generation:
     sampling = SamplingConfig(max_new_tokens=10, temperature=temperature)
     with jax.set_mesh(LAYOUT.mesh()):
-        program = jax.jit(lambda m, p, k: generate(m, p, k, sampling, stop, LAYOUT))
-        answers: Generation = jax.device_get(program(model, prompts, jax.random.key(7)))
+        program = jax.jit(lambda m, p, s, k: generate(m, p, s, k, sampling, stop, LAYOUT))
+        seeds = np.arange(len(prompts.row), dtype=np.int32)[:, None]
+        answers: Generation = jax.device_get(program(model, prompts, seeds, jax.random.key(7)))
     return answers
 
 
@@ -125,8 +126,9 @@ def test_a_nucleus_of_nothing_else_is_greedy(model: CausalLM) -> None:
     greedy = _run(model, _prompts(), 0.0).sequences
     sampling = SamplingConfig(max_new_tokens=10, top_p=1e-6)
     with jax.set_mesh(LAYOUT.mesh()):
-        program = jax.jit(lambda m, p, k: generate(m, p, k, sampling, (), LAYOUT))
-        answers = jax.device_get(program(model, _prompts(), jax.random.key(7)))
+        program = jax.jit(lambda m, p, s, k: generate(m, p, s, k, sampling, (), LAYOUT))
+        seeds = np.arange(4, dtype=np.int32)[:, None]
+        answers = jax.device_get(program(model, _prompts(), seeds, jax.random.key(7)))
     np.testing.assert_array_equal(answers.sequences.ids, greedy.ids)
     assert np.abs(answers.logp).max() == 0.0  # the one token left has probability 1
 

@@ -4,19 +4,25 @@
 
 OUT gets `JOB:LAYOUT.npz` with every step's losses and every trained weight, by the first process. The job
 `rows` writes `rows:LAYOUT.P.json`: the rows that process P looked up of the batch 0, 1, ... 15. `order` writes the same
-of six shuffled batches, the last three after a restart. In `fail` process 1 cannot go on.
+of six shuffled batches, the last three after a restart. `rollout` writes what slots answer to prompts of many lengths.
+In `fail` process 1 cannot go on.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from glm_jax.batch import Judged, Pairs, Sequences
+from glm_jax.batch import Judged, Pairs, Prompts, Sequences
 from glm_jax.config import PRESETS
+from glm_jax.continuous import RolloutConfig
+from glm_jax.generate import SamplingConfig
+from glm_jax.model import init_model
+from glm_jax.sampler import Sampler
 from rlhf import certify
 from rlhf.cli import override
 from rlhf.data.batches import in_order, shuffled
@@ -76,6 +82,20 @@ def rows_in_order(layout: Layout) -> list[list[int]]:
     return held
 
 
+def answers(layout: Layout) -> dict[str, np.ndarray]:
+    """Two answers each to 16 prompts of 1 to 12 tokens, through 8 slots."""
+    rng = np.random.default_rng(0)
+    valid = np.arange(12) >= 12 - rng.integers(1, 13, (16, 1))
+    ids = np.where(valid, rng.integers(3, 64, (16, 12)), 0).astype(np.int32)
+    prompts = Prompts(ids, valid, np.arange(16, dtype=np.int32))
+    rollout = RolloutConfig(slots=8, buckets=(6, 12), prefill_tokens=48)
+    with jax.set_mesh(layout.mesh()):
+        model = jax.jit(partial(init_model, CONFIG, layout))(jax.random.key(0))
+        sample = Sampler(CONFIG, SamplingConfig(10), (2, 5, 7), layout, None, rollout)
+        drawn = fetch(sample(model, layout.put(prompts), jax.random.key(1), samples=2))
+    return {"ids": drawn.sequences.ids, "logp": drawn.logp, "ended": drawn.ended}
+
+
 def fail() -> None:
     """What only one process runs into."""
     if jax.process_index() == 1:
@@ -96,7 +116,8 @@ def main(out: Path, jobs: str, devices: int, options: list[str]) -> None:
         if job == "fail":
             together(fail)
         with peers_explained():
-            result = train(job, get_layout(layout, devices))
+            work = answers if job == "rollout" else partial(train, job)
+            result = work(get_layout(layout, devices))
         if is_first():
             np.savez(out / f"{name}.npz", **result)  # type: ignore[arg-type]
 

@@ -78,8 +78,8 @@ def assert_same_training(directory: Path, counts: Sequence[int], jobs: str) -> N
                 )
 
 
-def test_two_processes_of_four_devices_train_as_one_of_eight(tmp_path: Path) -> None:
-    assert_same_training(tmp_path, [2], "sft:hsdp,reward:fsdp_tp")
+def test_two_processes_of_four_devices_train_and_answer_as_one_of_eight(tmp_path: Path) -> None:
+    assert_same_training(tmp_path, [2], "sft:hsdp,reward:fsdp_tp,rollout:hsdp")
 
 
 @pytest.mark.slow

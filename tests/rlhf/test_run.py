@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from glm_jax.config import GLMConfig
+from glm_jax.continuous import RolloutConfig
 from rlhf.cli import main
 from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.recipe import Recipe
@@ -49,6 +50,14 @@ ONE = Recipe(devices=1)
         (
             dataclasses.replace(ONE, prompt_length=8000),
             r"max_new_tokens \+ 1 = 8257 tokens exceed the context",
+        ),
+        (
+            Recipe(devices=8, layout="dp", rollout=RolloutConfig(slots=12)),
+            r"rollout.slots = 12 does not divide over 8 batch shards",
+        ),
+        (
+            dataclasses.replace(ONE, prompt_length=300, rollout=RolloutConfig(slots=8)),
+            r"prompts of 300 tokens are longer than the last of rollout.buckets = \(32, 64, 128, 256\)",
         ),
     ],
 )

@@ -1,0 +1,195 @@
+"""The programs of continuous batching: a fixed number of slots that decode together and are refilled one by one.
+
+`glm_jax.continuous` calls them. Whatever varies - which slots, which prompts, how long - is a value, never a shape.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from glm_jax.generate import SamplingConfig, draw, next_logits, row_keys
+from glm_jax.model import CausalLM
+from glm_jax.trunk import Cache
+from sharding.layout import Layout
+
+
+class Drawn(NamedTuple):
+    """The answers of the slots so far."""
+
+    running: Bool[Array, " S"]
+    ended: Bool[Array, " S"]  # by a stop token
+    length: Int[Array, " S"]
+    ids: Int[Array, "S R"]
+    logp: Float[Array, "S R"]
+
+
+class Slots(NamedTuple):
+    """S slots, each with a request or idle; P columns for prompts, R tokens an answer at most.
+
+    The cache has P columns for prompts and a ring of R more with one clock: step t of decoding writes column
+    P + t mod R of every slot, a single slice of the cache. R columns are enough. A request that is let in after t steps
+    draws its first token from its prompt's logits and its last one needs no further step, so it decodes in the R - 1
+    steps from t on at most, which are different columns. `cache.real`, cleared when it came, lets it see no other.
+    """
+
+    cache: Cache
+    steps: Int[Array, ""]  # of decoding so far
+    seeds: Int[Array, " S"]
+    token: Int[Array, " S"]  # the last one of the answer, not in the cache yet
+    drawn: Drawn
+
+
+class Prefilled(NamedTuple):
+    """Prompts that may be let into slots."""
+
+    cache: Cache  # as wide as their bucket
+    logits: Float[Array, "B V"]  # of the first token
+
+
+class Programs:
+    """The programs, each compiled once a shape of its arguments; `width` is P. The policy comes first in all."""
+
+    def __init__(
+        self,
+        slots: int,
+        width: int,
+        sampling: SamplingConfig,
+        stop_ids: tuple[int, ...],
+        layout: Layout,
+    ) -> None:
+        append = partial(_append, sampling=sampling, stop_ids=stop_ids)
+        room = sampling.max_new_tokens
+        empty = partial(_empty, slots=slots, width=width, room=room, layout=layout)
+        self.empty = jax.jit(empty)
+        self.prefill = jax.jit(partial(_prefill, layout=layout))
+        self.insert = jax.jit(partial(_insert, append=append), donate_argnames="slots")
+        decode = partial(_decode, append=append, width=width, layout=layout)
+        self.decode = jax.jit(decode, donate_argnames="slots")
+
+
+Append = Callable[[Slots, Bool[Array, " S"], Float[Array, "S V"], jax.Array], Slots]
+
+
+def _empty(model: CausalLM, slots: int, width: int, room: int, layout: Layout) -> Slots:
+    """Idle slots."""
+    row, grid = layout.spec("batch"), layout.spec("batch", None)
+    blank = jnp.zeros((slots, 1), jnp.int32, out_sharding=grid)
+    _, like = jax.eval_shape(
+        lambda model: model.trunk.prefill(blank, blank == 1, width + room - 1, layout), model
+    )
+
+    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding)
+
+    number = jnp.zeros((slots,), jnp.int32, out_sharding=row)
+    no = jnp.zeros((slots,), bool, out_sharding=row)
+    ids = jnp.zeros((slots, room), jnp.int32, out_sharding=grid)
+    drawn = Drawn(no, no, number, ids, ids.astype(jnp.float32))
+    return Slots(jax.tree.map(zeros, like), jnp.int32(0), number, number, drawn)
+
+
+def _prefill(
+    model: CausalLM, ids: Int[Array, "B T"], real: Bool[Array, "B T"], layout: Layout
+) -> Prefilled:
+    """Left-padded prompts, computed."""
+    hidden, cache = model.trunk.prefill(ids, real, 0, layout)
+    return Prefilled(cache, next_logits(model, hidden[:, -1], layout))
+
+
+def _insert(
+    slots: Slots,
+    prompts: Prefilled,
+    source: Int[Array, " S"],
+    seeds: Int[Array, " S"],
+    key: jax.Array,
+    append: Append,
+) -> Slots:
+    """Slots with a new request where `source` names a row of `prompts`, not -1; its first token is drawn."""
+    fresh = source >= 0
+    cache, new = slots.cache, prompts.cache
+    room = cache.real.shape[1] - new.real.shape[1]
+
+    def filled(old: jax.Array, new: jax.Array) -> jax.Array:
+        """The first columns, those of the bucket, of keys or values; the others stay in place."""
+        width = new.shape[2]
+        keep = jax.lax.slice_in_dim(old, 0, width, axis=2)
+        columns = jnp.where(fresh[:, None, None, None], _taken(new, source, axis=1), keep)
+        return jax.lax.dynamic_update_slice_in_dim(old, columns, 0, axis=2)
+
+    real = jnp.pad(_taken(new.real, source), ((0, 0), (0, room)))
+    cache = Cache(
+        keys=filled(cache.keys, new.keys),
+        values=filled(cache.values, new.values),
+        real=jnp.where(fresh[:, None], real, cache.real),
+        position=jnp.where(fresh[:, None], _taken(new.position, source), cache.position),
+    )
+    slots = slots._replace(
+        cache=cache,
+        seeds=jnp.where(fresh, seeds, slots.seeds),
+        drawn=slots.drawn._replace(
+            ended=slots.drawn.ended & ~fresh, length=jnp.where(fresh, 0, slots.drawn.length)
+        ),
+    )
+    return append(slots, fresh, _taken(prompts.logits, source), key)
+
+
+def _taken(x: jax.Array, source: Int[Array, " S"], axis: int = 0) -> jax.Array:
+    """Entry source[s] of the batch axis for every slot s; whichever row where that is -1.
+
+    A slot may need a row of any device, hence all rows come to all of them first.
+    """
+    spec = jax.typeof(x).sharding.spec
+    everywhere = PartitionSpec(*spec[:axis], None, *spec[axis + 1 :])
+    whole = jax.sharding.reshard(x, everywhere)
+    return whole.at[(slice(None),) * axis + (source,)].get(out_sharding=spec)
+
+
+def _decode(
+    model: CausalLM,
+    slots: Slots,
+    key: jax.Array,
+    most: Int[Array, ""],
+    append: Append,
+    width: int,
+    layout: Layout,
+) -> Slots:
+    """Slots after as many steps as it takes until at most `most` of them are running."""
+    room = slots.drawn.ids.shape[1]
+
+    def step(slots: Slots) -> Slots:
+        column = width + slots.steps % room
+        hidden, cache = model.trunk.decode(slots.token, slots.cache, column, layout)
+        slots = slots._replace(cache=cache, steps=slots.steps + 1)
+        return append(slots, slots.drawn.running, next_logits(model, hidden, layout), key)
+
+    return jax.lax.while_loop(lambda slots: jnp.sum(slots.drawn.running) > most, step, slots)
+
+
+def _append(
+    slots: Slots,
+    rows: Bool[Array, " S"],
+    logits: Float[Array, "S V"],
+    key: jax.Array,
+    sampling: SamplingConfig,
+    stop_ids: tuple[int, ...],
+) -> Slots:
+    """Slots with one more token drawn where `rows` says so; they run on unless it ends their answer."""
+    old = slots.drawn
+    token, logp = draw(logits, row_keys(key, slots.seeds), old.length, sampling)
+    room = old.ids.shape[1]
+    here = rows[:, None] & (jnp.arange(room) == old.length[:, None])
+    length = old.length + rows
+    stopped = jnp.any(token[:, None] == jnp.array(stop_ids, jnp.int32), axis=1)
+    drawn = Drawn(
+        running=jnp.where(rows, ~stopped & (length < room), old.running),
+        ended=old.ended | (rows & stopped),
+        length=length,
+        ids=jnp.where(here, token[:, None], old.ids),
+        logp=jnp.where(here, logp[:, None], old.logp),
+    )
+    return slots._replace(token=jnp.where(rows, token, slots.token), drawn=drawn)

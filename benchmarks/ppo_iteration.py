@@ -146,7 +146,10 @@ def run_ours(work: Work) -> None:
         actor, critic = (make_optimizer(x, updates) for x in (config.actor, config.critic))
         sample = Sampler(recipe.model, config.sampling, (work.vocab_size,), layout)
         iterate = make_iteration(config, (actor, critic), sample, stop_id=2, layout=layout)
-        learners = Learners(init_state(models.actor, actor), init_state(models.critic, critic))
+        assert models.critic is not None
+        learners = Learners(
+            init_state(models.actor, actor), init_state(models.critic, critic), config.kl.coef
+        )
         for number, _ in enumerate(turns(tally, "glm-jax")):
             key = jax.random.key(number)
             learners, _, tokens = iterate(learners, models, inputs, key)

@@ -114,17 +114,16 @@ def _insert(
     cache, new = slots.cache, prompts.cache
     room = cache.real.shape[1] - new.real.shape[1]
 
-    def filled(old: jax.Array, new: jax.Array) -> jax.Array:
+    def filled(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
         """The first columns, those of the bucket, of keys or values; the others stay in place."""
-        width = new.shape[2]
-        keep = jax.lax.slice_in_dim(old, 0, width, axis=2)
+        keep = jax.lax.slice_in_dim(old, 0, new.shape[axis], axis=axis)
         columns = jnp.where(fresh[:, None, None, None], _taken(new, source, axis=1), keep)
-        return jax.lax.dynamic_update_slice_in_dim(old, columns, 0, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(old, columns, 0, axis=axis)
 
     real = jnp.pad(_taken(new.real, source), ((0, 0), (0, room)))
     cache = Cache(
-        keys=filled(cache.keys, new.keys),
-        values=filled(cache.values, new.values),
+        keys=filled(cache.keys, new.keys, axis=4),
+        values=filled(cache.values, new.values, axis=3),
         real=jnp.where(fresh[:, None], real, cache.real),
         position=jnp.where(fresh[:, None], _taken(new.position, source), cache.position),
     )

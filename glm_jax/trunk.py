@@ -43,13 +43,13 @@ class Places(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer.
+    """Keys and values of every layer, each as the product that reads it has it.
 
     Keys were rotated by their positions, so that the order of the columns means nothing.
     """
 
-    keys: Float[Array, "layer B S K H"]
-    values: Float[Array, "layer B S K H"]
+    keys: Float[Array, "layer B K H S"]
+    values: Float[Array, "layer B K S H"]
     real: Bool[Array, "B S"]  # columns that hold a token of the row's sequence
     position: Int[Array, "B A"]  # of the token that came last
 
@@ -137,8 +137,8 @@ class Trunk(nnx.Module):
             written = []
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                written.append(_with_room(k, room))
-                written.append(_with_room(v, room))
+                written.append(_with_room(_key_columns(k), room, axis=3))
+                written.append(_with_room(_value_rows(v), room, axis=2))
                 return attention(q, k, v, mask, layout)
 
             x = self.layer(block, x, rotations, attend, layout)
@@ -162,23 +162,30 @@ class Trunk(nnx.Module):
         real = cache.real | (jnp.arange(cache.real.shape[1]) == column)
         mask = real[:, None, :]
 
+        # the caches are carried, not scanned over: so a step writes one column of them and copies nothing
         def layer(
-            x: jax.Array, block_and_cache: tuple[Any, jax.Array, jax.Array]
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            block, keys, values = block_and_cache
+            carry: tuple[jax.Array, jax.Array, jax.Array], block_and_number: tuple[Any, jax.Array]
+        ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+            x, keys, values = carry
+            block, number = block_and_number
             written = []
 
+            def append(cache: jax.Array, new: jax.Array, place: tuple[Any, ...]) -> jax.Array:
+                written.append(jax.lax.dynamic_update_slice(cache, new[None], place))
+                return jax.lax.dynamic_index_in_dim(written[-1], number, keepdims=False)
+
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                write = jax.lax.dynamic_update_slice_in_dim
-                written.append(write(keys, k, column, axis=1))
-                written.append(write(values, v, column, axis=1))
-                return attention(q, written[0], written[1], mask, layout)
+                k = append(keys, _key_columns(k), (number, 0, 0, 0, column))
+                v = append(values, _value_rows(v), (number, 0, 0, column, 0))
+                k, v = jnp.transpose(k, (0, 3, 1, 2)), jnp.transpose(v, (0, 2, 1, 3))
+                return attention(q, k, v, mask, layout)
 
             x = self.layer(block, x, rotations, attend, layout)
-            return x, (written[0], written[1])
+            return (x, written[0], written[1]), None
 
-        x = self.embed(ids[:, None], layout)
-        x, (keys, values) = jax.lax.scan(layer, x, (self._single_stage(), cache.keys, cache.values))
+        start = (self.embed(ids[:, None], layout), cache.keys, cache.values)
+        numbers = jnp.arange(len(cache.keys))
+        (x, keys, values), _ = jax.lax.scan(layer, start, (self._single_stage(), numbers))
         return self.finish(x)[:, 0], Cache(keys, values, real, position)
 
     def embed(self, ids: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
@@ -202,5 +209,13 @@ class Trunk(nnx.Module):
         return jax.tree.map(lambda w: w[0], self.compute_blocks())
 
 
-def _with_room(x: jax.Array, room: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0)))
+def _key_columns(k: Float[Array, "B T K H"]) -> Float[Array, "B K H T"]:
+    return jnp.transpose(k, (0, 2, 3, 1))
+
+
+def _value_rows(v: Float[Array, "B T K H"]) -> Float[Array, "B K T H"]:
+    return jnp.transpose(v, (0, 2, 1, 3))
+
+
+def _with_room(x: jax.Array, room: int, axis: int) -> jax.Array:
+    return jnp.pad(x, [(0, room if dim == axis else 0) for dim in range(x.ndim)])

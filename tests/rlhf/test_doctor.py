@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -24,6 +25,7 @@ from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.sampler import Loan, Sampler
 from glm_jax.train import TrainState
 from glm_jax.trunk import Cache, Places, Trunk
+from rlhf.cli import main
 from rlhf.doctor.checks import OF_ROLLOUT, OF_UPDATE, Finding
 from rlhf.doctor.doctor import Doctor
 from rlhf.doctor.evidence import Setting
@@ -383,3 +385,43 @@ def test_a_planted_bug_is_named(name: str, monkeypatch: Patch) -> None:
     findings = examined(**{"config": PLAIN, **illness})
     assert expected <= failed(findings), findings
     assert all(findings[check].advice for check in expected)
+
+
+RECIPE = """
+import dataclasses
+from pathlib import Path
+
+from rlhf.cli import load_recipe
+
+oracle, _ = load_recipe(Path({oracle!r}))
+config = dataclasses.replace(
+    oracle,
+    output_dir=Path({out!r}),
+    data=dataclasses.replace(oracle.data, prompts=120),
+    model=dataclasses.replace(oracle.model, vocab_size=360),
+)
+"""
+
+
+@pytest.mark.slow
+def test_the_command_examines_a_recipe_and_its_exit_status_says_how_it_went(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.py"
+    oracle = Path(__file__).parents[2] / "configs" / "oracle.py"
+    recipe.write_text(RECIPE.format(oracle=str(oracle), out=str(tmp_path / "run")))
+    assert main(["doctor", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("response mask", "padding", "frozen models"))
+    assert not (tmp_path / "run" / "checkpoints").exists()  # nothing is kept
+    assert main(["doctor", str(recipe), "--ppo.score-clip", "0.0001"]) == 1
+    assert "raise ppo.score_clip" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_recipe_of_a_reward_model_has_no_ppo_to_examine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("from rlhf.recipe import RewardRecipe\nconfig = RewardRecipe(devices=8)\n")
+    assert main(["doctor", str(recipe)]) == 1
+    assert "has no PPO to check" in capsys.readouterr().err

@@ -115,6 +115,19 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(small: SmallPPO) -> No
         small.iterate.concluded(learners, rolled_out, updates)
 
 
+def test_what_is_measured_of_the_answers_is_in_the_metrics(small: SmallPPO) -> None:
+    seen: list[tuple[list[int], int]] = []
+
+    def measure(rows: np.ndarray, answers: Generation) -> dict[str, float]:
+        seen.append((rows.tolist(), len(answers.ended)))
+        return {"judged": 0.25}
+
+    iterate = dataclasses.replace(small.iterate, measure=measure)
+    _, figures, _ = iterate(_fresh(small), small.models, small.inputs(0), jax.random.key(0))
+    assert figures["judged"] == 0.25
+    assert seen == [(list(range(ROWS)), ROWS)]
+
+
 def test_updates_end_where_the_policy_has_gone_far_enough(small: SmallPPO) -> None:
     learners, figures, _ = _with(small, epochs=3)(
         _fresh(small), small.models, small.inputs(0), jax.random.key(0)

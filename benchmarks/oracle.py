@@ -21,172 +21,26 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from oracle_lab import History, Lab, new_lab
 
-from glm_jax.batch import Prompts
-from glm_jax.model import CausalLM
-from glm_jax.optim import make_optimizer
-from glm_jax.scalar import ScalarModel
-from glm_jax.train import init_state
 from rlhf.cli import load_recipe
-from rlhf.data.batches import in_order, shuffled
-from rlhf.data.oracle.oracle import TASKS, gold_reward, task_of
-from rlhf.dpo import sample_pairs, train_dpo
-from rlhf.evaluate import heldout_nll
+from rlhf.data.oracle.oracle import TASKS, task_of
 from rlhf.kl import KLConfig
 from rlhf.plots import dress, png
-from rlhf.ppo import Models, PPOConfig, score_answers
-from rlhf.ppo_loop import Inputs, Learners, make_iteration
+from rlhf.ppo import PPOConfig
 from rlhf.recipe import Recipe, check
-from rlhf.reference import SelectionConfig, draw_references
-from rlhf.run import Run
-from rlhf.runlog import RunLog
-from sharding.layout import Layout
-from sharding.processes import fetch
+from rlhf.reference import SelectionConfig
 
-History = list[dict[str, float]]
 COEFS = (0.0, 0.02, 0.1)
 BETAS = (0.03, 0.1, 0.3, 1.0)
 BEST_OF = (1, 2, 4, 8, 16, 32)
 METHODS = ("PPO", "RLOO", "GRPO", "DPO", "best of n")
-
-
-class Lab(Run):
-    """The models of one seed, and PPO of any settings from them."""
-
-    sft: CausalLM
-    proxy: ScalarModel
-
-    def make_models(self) -> None:
-        """SFT and reward model, as the recipe has them."""
-        self.load_data()
-        model = self.load_model()
-        self.samplers = self.make_samplers(model.trunk.config)
-        self.sft = self.train_sft(model)
-        self.proxy, _ = self.reward_model(self.sft)
-
-    def ppo(self, name: str, **changes: Any) -> tuple[CausalLM, History]:
-        """A policy and the metrics of every iteration; `changes` are of `Recipe` fields."""
-        before = self.recipe, self.log, self.directory
-        self.directory = before[2] / name
-        self.directory.mkdir(parents=True)
-        self.recipe = dataclasses.replace(before[0], output_dir=self.directory, **changes)
-        with RunLog(self.directory) as self.log:
-            policy, _ = self.train_ppo(self.sft, self.proxy)
-        lines = map(json.loads, (self.directory / "metrics.jsonl").read_text().splitlines())
-        self.recipe, self.log, self.directory = before
-        return policy, [line for line in lines if line["stage"] == "ppo"]
-
-    def nll(self, policy: CausalLM) -> float:
-        """Held-out NLL, nats/token."""
-        return heldout_nll(policy, in_order(self.data.heldout_sft, 32), self.layout)
-
-    def seen(self, policy: CausalLM) -> dict[str, float]:
-        """Proxy, gold and KL of a policy's answers to two batches of training prompts, as PPO's metrics have them."""
-        config = self.recipe.ppo
-        optimizers = (make_optimizer(config.actor, 1), make_optimizer(config.critic, 1))
-        iterate = make_iteration(
-            config,
-            optimizers,
-            self.samplers["ppo"],
-            self.tokenizer.eos_id,
-            self.layout,
-            self.measure(),
-        )
-        critic = self.new_critic(self.sft)
-        assert critic is not None
-        models = Models(policy, critic, self.sft, self.proxy)
-        learners = Learners(
-            init_state(policy, optimizers[0]), init_state(critic, optimizers[1]), config.kl.coef
-        )
-        found = []
-        for number, batch in enumerate(self.batches(2)):
-            inputs = Inputs(batch, np.zeros(len(batch.row), np.float32), iter(()))
-            learners, rolled_out = iterate.roll_out(
-                learners, models, inputs, jax.random.fold_in(self.key("seen"), number)
-            )
-            metrics = {name: float(x) for name, x in fetch(rolled_out.metrics).items()}
-            found.append({**metrics, **rolled_out.measured})
-        return {name: statistics.fmean(x[name] for x in found) for name in found[0]}
-
-    def batches(self, count: int) -> list[Prompts]:
-        """The first batches of the training prompts."""
-        every = in_order(self.data.prompts, self.recipe.ppo.batch_size)
-        return [next(every) for _ in range(count)]
-
-    def two_scores(self) -> np.ndarray:
-        """The proxy's scores of two answers of the SFT model to every training prompt, [prompts, 2]."""
-        config, prompts = self.recipe.ppo, self.data.prompts
-        return draw_references(
-            self.proxy,
-            self.sft,
-            self.samplers["ppo"],
-            in_order(prompts, config.batch_size),
-            len(prompts.row),
-            2,
-            config,
-            self.tokenizer.eos_id,
-            self.key("two scores"),
-            self.layout,
-            silent,
-        ).scores
-
-    def answers(self, samples: int) -> tuple[np.ndarray, np.ndarray]:
-        """Proxy and gold [prompts, samples] of the SFT model's answers to a batch of prompts."""
-        (batch,) = self.batches(1)
-        config, put = self.recipe.ppo, self.layout.put
-        score = jax.jit(
-            partial(score_answers, config=config, stop_id=self.tokenizer.eos_id, layout=self.layout)
-        )
-        texts = [self.data.texts[row] for row in np.asarray(batch.row)]
-        proxy, gold = [], []
-        for number in range(samples):
-            key = jax.random.fold_in(self.key("answers"), number)
-            drawn = self.samplers["ppo"](self.sft, put(batch), key)
-            proxy.append(fetch(score(self.proxy, drawn)))
-            ids, _, target = fetch(drawn.sequences)
-            said = [self.tokenizer.decode_answer(i[t]) for i, t in zip(ids, target, strict=True)]
-            gold.append(
-                [gold_reward(text + answer) for text, answer in zip(texts, said, strict=True)]
-            )
-        return np.stack(proxy, axis=1), np.array(gold).T
-
-    def dpo(self, betas: Sequence[float]) -> list[CausalLM]:
-        """A policy for each beta, from the same pairs."""
-        config, layout = self.recipe.dpo, self.layout
-        prompts = jax.tree.map(lambda x: x[: config.prompts], self.data.prompts)
-        pairs = sample_pairs(
-            self.sft,
-            self.proxy,
-            config,
-            in_order(prompts, self.recipe.ppo.batch_size),
-            self.samplers["dpo"],
-            self.tokenizer.eos_id,
-            self.key("dpo"),
-            layout,
-            silent,
-        )
-        return [
-            train_dpo(
-                self.sft,
-                dataclasses.replace(config, beta=beta),
-                shuffled(pairs, config.batch_size, self.recipe.seed),
-                shuffled(self.data.sft, config.sft_batch_size, self.recipe.seed + 2),
-                layout,
-                silent,
-            )
-            for beta in betas
-        ]
-
-
-def silent(*_: Any) -> None:
-    """Report nothing."""
 
 
 def end(history: History, name: str) -> float:
@@ -392,14 +246,6 @@ def of_seed(base: Recipe, seed: int, out: Path) -> dict[str, Any]:
         }
     print(f"seed {seed} done", file=sys.stderr, flush=True)
     return found
-
-
-def new_lab(recipe: Recipe, layout: Layout, generation: Layout) -> Lab:
-    """A lab with its models."""
-    recipe.output_dir.mkdir(parents=True)
-    lab = Lab(recipe, layout, generation, RunLog(None))
-    lab.make_models()
-    return lab
 
 
 def main() -> None:

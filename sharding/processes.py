@@ -110,6 +110,7 @@ def start(processes: Processes) -> int:
     failure: list[Exception] = []
     # it would catch SIGTERM, for programs that ask it when to save: here a process told to end ends
     jax.config.update("jax_enable_preemption_service", False)
+    _run_collectives_in_order()
 
     def connect() -> None:
         try:
@@ -135,6 +136,17 @@ def start(processes: Processes) -> int:
             f"port of --coordinator: choose another"
         ) from failure[0]
     return count
+
+
+def _run_collectives_in_order() -> None:
+    """Let XLA's CPU backend run a program in one order, the same in every process.
+
+    By default it runs at once what does not depend on each other - the backward passes of two losses, say - and the
+    collectives of one process then meet others of another one ("received data size doesn't match"). What XLA_FLAGS
+    says already counts for more.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_enable_concurrency_optimized_scheduler=false {flags}"
 
 
 def cluster_size() -> int:

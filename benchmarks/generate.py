@@ -20,39 +20,23 @@ answers: they compute the same model. Prints the median and the range of each si
 how many programs the continuous mode compiled after its warm-up; a single one ends the run.
 """
 
-import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import Side, serve, spread, started, this_side
+from small_glm4 import SHAPE, our_model, require_torch, torch_model
 
 TURNS = 5
 PROMPTS, SHORTEST, LONGEST, NEW = 64, 16, 256, 128
-SHAPE = {  # 32.5 million weights
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "num_layers": 8,
-    "num_heads": 8,
-    "num_kv_groups": 2,
-    "head_dim": 64,
-    "ffn_size": 1536,
-}
 STOP_IDS = tuple(range(1000, 1182))
 BATCHES = (8, 16, 32, 64)  # sizes that the static sides may choose from
 SLOTS, PREFILL_TOKENS, REFILL = 24, 512, 2
 GREEDY = 8  # tokens of every prompt that must be the same on both sides
 
 Drawn = dict[str, Any]  # what a side tells of a turn
-Side = Callable[[Drawn], Drawn]  # a request -> the answer
 
 
 def prompts() -> list[list[int]]:
@@ -81,21 +65,14 @@ def jax_side(shared: Path) -> Side:
     import jax
 
     from glm_jax.batch import Prompts
-    from glm_jax.config import GLMConfig, Head
     from glm_jax.continuous import RolloutConfig
     from glm_jax.generate import Generation, SamplingConfig
-    from glm_jax.hf.config import Form
-    from glm_jax.hf.tensors import Source, to_tensors
-    from glm_jax.model import init_model
     from glm_jax.sampler import Sampler
-    from glm_jax.weights import host_weights
     from sharding.layout import Layout
 
-    layout, config = Layout(), GLMConfig(**SHAPE)
+    layout = Layout()
     jax.set_mesh(layout.mesh())
-    model = jax.jit(partial(init_model, config, layout))(jax.random.key(0))
-    names = Source(config, Form.GLM, Head.VOCABULARY, {})
-    np.savez(shared / "start.npz", **to_tensors(names, host_weights(model, layout)))
+    config, model = our_model(shared)
     buckets = tuple(range(32, LONGEST + 1, 32))
     rollout = RolloutConfig(SLOTS, buckets, PREFILL_TOKENS, REFILL)
 
@@ -136,26 +113,8 @@ def jax_side(shared: Path) -> Side:
 def torch_side(shared: Path) -> Side:
     """Draws by `generate`, from the weights in `shared`."""
     import torch
-    from transformers import GlmConfig, GlmForCausalLM
 
-    torch.set_num_threads(os.cpu_count() or 1)
-    config = GlmConfig(
-        vocab_size=SHAPE["vocab_size"],
-        hidden_size=SHAPE["hidden_size"],
-        num_hidden_layers=SHAPE["num_layers"],
-        num_attention_heads=SHAPE["num_heads"],
-        num_key_value_heads=SHAPE["num_kv_groups"],
-        head_dim=SHAPE["head_dim"],
-        intermediate_size=SHAPE["ffn_size"],
-        rms_norm_eps=1e-5,
-        attention_bias=True,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        attn_implementation="sdpa",
-    )
-    model = GlmForCausalLM(config).eval()
-    start = np.load(shared / "start.npz")
-    model.load_state_dict({name: torch.from_numpy(start[name]) for name in start.files})
+    model = torch_model(shared).eval()
 
     @torch.inference_mode()
     def draw(rows: list[list[int]], new: int, sample: bool) -> np.ndarray:
@@ -189,36 +148,6 @@ def torch_side(shared: Path) -> Side:
     return run
 
 
-def serve(side: Side) -> None:
-    """Answers every request that comes in as a line."""
-    for line in sys.stdin:
-        print(json.dumps(side(json.loads(line))), flush=True)
-
-
-def started(name: str, shared: str) -> Side:
-    """The side in a process of its own."""
-    process = subprocess.Popen(
-        [sys.executable, __file__, name, shared],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    assert process.stdin and process.stdout
-    ask, answer = process.stdin, process.stdout
-
-    def request(what: Drawn) -> Drawn:
-        ask.write(json.dumps(what) + "\n")
-        ask.flush()
-        line = answer.readline()
-        if not line:
-            sys.exit(f"{name}: the process has ended, its output says why")
-        told: Drawn = json.loads(line)
-        return told
-
-    return request
-
-
 def speed(told: Drawn) -> float:
     """New tokens a second."""
     return sum(told["lengths"]) / told["seconds"]
@@ -233,22 +162,12 @@ def best(name: str, side: Side) -> Drawn:
     return choices[int(np.argmax(speeds))]
 
 
-def line(name: str, values: list[float], unit: str, digits: int) -> None:
-    median, low, high = statistics.median(values), min(values), max(values)
-    print(f"{name:28} {median:7.{digits}f} {unit}  ({low:.{digits}f} to {high:.{digits}f})")
-
-
 def main() -> None:
     """Start both processes, choose what is fastest for each side, and let them take turns."""
-    if len(sys.argv) == 3:
-        from sharding.host_memory import keep_freed_memory
-
-        keep_freed_memory()
+    if side := this_side():
         sides = {"jax": jax_side, "torch": torch_side}
-        serve(sides[sys.argv[1]](Path(sys.argv[2])))
-        return
-    if not (find_spec("torch") and find_spec("transformers")):
-        sys.exit("compared with transformers: pip install torch==2.13.0 transformers==4.57.1")
+        return serve(sides[side[0]](Path(side[1])))
+    require_torch()
     with tempfile.TemporaryDirectory() as shared:
         ours = started("jax", shared)
         our_greedy = ours({"mode": "greedy", "turn": 0})["ids"]  # the weights are there now
@@ -277,10 +196,10 @@ def main() -> None:
     for name, request in requests.items():
         size = request["batch"] if request["mode"] == "static" else SLOTS
         of = "batch" if request["mode"] == "static" else "slots"
-        line(f"{name}, {of} {size}", speeds[name], "tokens/s", 0)
+        print(f"{f'{name}, {of} {size}':28} {spread(speeds[name], 0)} tokens/s")
     for name in ("Hugging Face", "static"):
         ratios = [a / b for a, b in zip(speeds["continuous"], speeds[name], strict=True)]
-        line(f"continuous / {name}", ratios, "x", 2)
+        print(f"{f'continuous / {name}':28} {spread(ratios, 2)} x")
     print(
         f"{counts['answers']} answers through {SLOTS} slots: "
         f"{counts['recompiled']} programs compiled after the warm-up"

@@ -18,9 +18,13 @@ Gains are over the SFT model: of the proxy (the reward model's score, which is t
 import dataclasses
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +174,7 @@ def table(title: str, found: Sequence[Mapping[str, Mapping[str, float]]]) -> Non
     """A Markdown table of means and ranges over seeds."""
     rows = found[0]
     columns = list(next(iter(rows.values())))
-    print(
-        f"\n| {title} | " + " | ".join(columns) + " |\n|---" * (1 + 0) + "|---" * len(columns) + "|"
-    )
+    print(f"\n| {' | '.join((title, *columns))} |\n{'|---' * (len(columns) + 1)}|")
     for name in rows:
         cells = []
         for column in columns:
@@ -227,7 +229,7 @@ def draw(curves: Mapping[str, list[list[Point]]], path: Path) -> None:
     path.write_bytes(png(figure))
 
 
-def of_seed(base: Recipe, seed: int, out: Path) -> dict[str, Any]:
+def of_seed(base: Recipe, out: Path, seed: int) -> dict[str, Any]:
     """Every experiment of a seed."""
     recipe = dataclasses.replace(base, seed=seed, output_dir=out / f"seed-{seed}", doctor=False)
     layout, generation = check(recipe)
@@ -253,7 +255,9 @@ def main() -> None:
     base, _ = load_recipe(Path(__file__).parents[1] / "configs" / "oracle.py")
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     out = Path(sys.argv[2] if len(sys.argv) > 2 else "runs/oracle")
-    found = [of_seed(base, seed, out) for seed in range(seeds)]
+    workers = min(seeds, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(partial(of_seed, base, out), range(seeds)))
     (out / "found.json").write_text(json.dumps(found))
     for title in ("reference baseline", "SFT loss", "prompt selection"):
         table(title, [seed[title] for seed in found])

@@ -23,6 +23,7 @@ from rlhf.ppo import Models, score_answers
 from rlhf.ppo_loop import Inputs, Learners, make_iteration
 from rlhf.recipe import Recipe
 from rlhf.reference import draw_references
+from rlhf.rollout import prompts_at_once
 from rlhf.run import Run
 from rlhf.runlog import RunLog
 from sharding.layout import Layout
@@ -96,12 +97,12 @@ class Lab(Run):
 
     def two_scores(self) -> np.ndarray:
         """The proxy's scores of two answers of the SFT model to every training prompt, [prompts, 2]."""
-        config, prompts = self.recipe.ppo, self.data.prompts
+        config, prompts, sample = self.recipe.ppo, self.data.prompts, self.samplers["ppo"]
         return draw_references(
             self.proxy,
             self.sft,
-            self.samplers["ppo"],
-            in_order(prompts, config.batch_size),
+            sample,
+            in_order(prompts, prompts_at_once(config.batch_size, 2, sample)),
             len(prompts.row),
             2,
             config,
@@ -133,14 +134,14 @@ class Lab(Run):
 
     def dpo(self, betas: Sequence[float]) -> list[CausalLM]:
         """A policy for each beta, from the same pairs."""
-        config, layout = self.recipe.dpo, self.layout
+        config, layout, sample = self.recipe.dpo, self.layout, self.samplers["dpo"]
         prompts = jax.tree.map(lambda x: x[: config.prompts], self.data.prompts)
         pairs = sample_pairs(
             self.sft,
             self.proxy,
             config,
-            in_order(prompts, self.recipe.ppo.batch_size),
-            self.samplers["dpo"],
+            in_order(prompts, prompts_at_once(self.recipe.ppo.batch_size, config.samples, sample)),
+            sample,
             self.tokenizer.eos_id,
             self.key("dpo"),
             layout,

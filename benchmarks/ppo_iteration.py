@@ -32,18 +32,15 @@ import io
 import json
 import os
 import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import ROOT, answer, requests, spread, started, this_side
 
-ROOT = Path(__file__).parents[1]
 WARMUP = 4  # turns that compile and fill caches
 TURNS = 15
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -87,24 +84,23 @@ class Tally:
 
 
 def turns(tally: Tally, package: str) -> Iterator[None]:
-    """A turn for every line that comes in; says what runs here, and of every turn its seconds and what it did."""
+    """A turn for every request but the first, which is told what runs here; of a turn its seconds and what it did."""
     import jax
 
     def count(event: str, seconds: float, **labels: Any) -> None:
         tally.compilations += event == COMPILED
 
-    def say(report: object) -> None:
-        print(json.dumps(report), file=sys.__stdout__, flush=True)
-
     jax.monitoring.register_event_duration_secs_listener(count)
+    asked = requests()
+    next(asked)
     versions = (f"{name} {version(name)}" for name in (package, "jax", "flax"))
-    say(f"{', '.join(versions)}, Python {platform.python_version()}")
-    for _ in sys.stdin:
+    answer(f"{', '.join(versions)}, Python {platform.python_version()}")
+    for _ in asked:
         before, begin, cores = dataclasses.asdict(tally), time.perf_counter(), time.process_time()
         yield
         seconds, cores = time.perf_counter() - begin, time.process_time() - cores
         now = dataclasses.asdict(tally)
-        say((seconds, cores, {name: now[name] - before[name] for name in now}))
+        answer((seconds, cores, {name: now[name] - before[name] for name in now}))
 
 
 def demo() -> Any:
@@ -313,23 +309,6 @@ def gflop(work: Work, ours: bool) -> float:
     return (prefill + scores + sft + common) / 1e9
 
 
-def side(name: str, python: str, work: Work) -> Iterator[Any]:
-    """What a side's process says: what it runs, then, each time it is asked, a turn's seconds and what it did."""
-    process = subprocess.Popen(
-        [python, __file__, "--side", name, json.dumps(dataclasses.asdict(work))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-    )
-    assert process.stdin and process.stdout
-    while line := process.stdout.readline():
-        yield json.loads(line)
-        process.stdin.write("\n")
-        process.stdin.flush()
-    sys.exit(f"{name} stopped: see above")
-
-
 def work_of(recipe: Any) -> Work:
     ppo, model = recipe.ppo, dataclasses.asdict(recipe.model)
     assert ppo.epochs == 1
@@ -347,18 +326,10 @@ def work_of(recipe: Any) -> Work:
     )
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
 def main() -> None:
     """Start the sides and let them take turns."""
-    if sys.argv[1:2] == ["--side"]:
-        from sharding.host_memory import keep_freed_memory
-
-        keep_freed_memory()
-        SIDES[sys.argv[2]](Work(**json.loads(sys.argv[3])))
-        return
+    if side := this_side():
+        return SIDES[side[0]](Work(**json.loads(side[1])))
     parser = argparse.ArgumentParser()
     parser.add_argument("--tunix-python", required=True, help="an interpreter with google-tunix")
     python = {name: parser.parse_args().tunix_python for name in SIDES} | {
@@ -366,11 +337,10 @@ def main() -> None:
     }
     work = work_of(demo())
     print(f"{work}, {os.cpu_count()} cores, {TURNS} turns after {WARMUP} to warm up")
-    sides = {name: side(name, python[name], work) for name in SIDES}
-    runs = {name: next(answers) for name, answers in sides.items()}
-    rounds = [
-        {name: next(answers) for name, answers in sides.items()} for _ in range(WARMUP + TURNS)
-    ]
+    shape = json.dumps(dataclasses.asdict(work))
+    sides = {name: started(name, shape, python=python[name]) for name in SIDES}
+    runs = {name: ask(None) for name, ask in sides.items()}
+    rounds = [{name: ask(None) for name, ask in sides.items()} for _ in range(WARMUP + TURNS)]
     times: dict[str, list[Sequence[float]]] = {}  # seconds of turns, and on all cores
     for name in SIDES:
         *times[name], done = zip(*(turn[name] for turn in rounds[WARMUP:]), strict=True)

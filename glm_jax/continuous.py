@@ -35,6 +35,9 @@ class RolloutConfig:
     buckets: tuple[int, ...] = (32, 64, 128, 256)  # widths of prompts; the last is the longest
     prefill_tokens: int = 512  # of a group of prompts, padding included
     refill: int = 1  # free slots that it takes to let waiting requests in
+    # how often the slots may be halved once nobody waits: the last answers decode in fewer rows. While that is done
+    # the cache is there one and a half times
+    halvings: int = 2
 
     def __post_init__(self) -> None:
         widths = self.buckets
@@ -43,6 +46,7 @@ class RolloutConfig:
             ("slots", self.slots is None or self.slots >= 1, "give a positive number"),
             ("buckets", ascending, "give positive widths in ascending order"),
             ("prefill_tokens", self.prefill_tokens >= 1, "give a positive number"),
+            ("halvings", self.halvings >= 0, "give 0 or more"),
             ("refill", 1 <= self.refill <= (self.slots or 1), "give at least 1, at most the slots"),
         ):
             if not fits:
@@ -95,6 +99,10 @@ class Engine:
         self.counts = Counts()
         self.layout, self.rollout = layout, rollout
         self.num_slots: int = rollout.slots
+        halves = (
+            layout.padded(-(-self.num_slots >> n), "batch") for n in range(rollout.halvings + 1)
+        )
+        self._sizes = sorted(set(halves))  # of slots
         self.room = sampling.max_new_tokens
         self._programs = Programs(self.num_slots, rollout.buckets[-1], sampling, stop_ids, layout)
         self._warm = False
@@ -108,8 +116,11 @@ class Engine:
             shape = (self._group_size(width), width)
             padding = self.layout.put((np.zeros(shape, np.int32), np.zeros(shape, bool)))
             slots = run.insert(slots, run.prefill(policy, *padding), nobody, nobody, key)
-        slots = run.decode(policy, slots, key, np.int32(0))
-        fetch((slots.steps, slots.drawn))
+        for size in reversed(self._sizes):
+            if size < self.num_slots:
+                slots = run.narrow(slots, self.layout.put(np.full(size, -1, np.int32)))
+            slots = run.decode(policy, slots, key, np.int32(0))
+            fetch((slots.steps, slots.drawn))
         self._warm = True
 
     def draw(
@@ -128,12 +139,14 @@ class Engine:
         slots, steps = self._programs.empty(policy), 0
         while requests.waiting or requests.drawing:
             slots = self._fill(policy, slots, requests, key)
-            # with others waiting, until some can enter; then until all have ended
-            free = min(self.rollout.refill, requests.waiting) or self.num_slots
-            most = np.int32(self.num_slots - free)
-            slots = self._programs.decode(policy, slots, key, most)
+            # with others waiting, until some can enter; then until those left fit into fewer slots, or none is left
+            free = min(self.rollout.refill, requests.waiting)
+            most = self.num_slots - free if free else self._fewer(requests)
+            slots = self._programs.decode(policy, slots, key, np.int32(most))
             steps, drawn = fetch((slots.steps, slots.drawn))
             requests.collect(drawn)
+            while not requests.waiting and 0 < requests.drawing <= (fewer := self._fewer(requests)):
+                slots = self._programs.narrow(slots, self.layout.put(requests.move(fewer)))
         self.counts.steps += int(steps)
         self.counts.answers += seeds.shape[1] * sum(len(rows) for _, rows in groups)
         self.counts.tokens += int(requests.length.sum())
@@ -142,6 +155,10 @@ class Engine:
         if new:
             raise RuntimeError(f"compiled after the warm-up: {', '.join(new)}")
         return requests.answers()
+
+    def _fewer(self, requests: "_Requests") -> int:
+        """The next smaller number of slots; 0 where there is none."""
+        return max((size for size in self._sizes if size < len(requests.slots)), default=0)
 
     def _fill(self, policy: CausalLM, slots: Slots, requests: "_Requests", key: jax.Array) -> Slots:
         """Slots with waiting requests in them, until none is free or nobody waits."""
@@ -217,9 +234,9 @@ class _Requests:
         return self.slots == NOBODY
 
     @property
-    def drawing(self) -> bool:
-        """Whether any slot draws."""
-        return not self.free.all()
+    def drawing(self) -> int:
+        """How many slots draw."""
+        return int(np.sum(~self.free))
 
     def next_group(self) -> Group:
         """The group that enters slots from now on; that before it has entered."""
@@ -235,6 +252,14 @@ class _Requests:
             source[slot], self.slots[slot] = self.computed.popleft()
             self.waiting -= 1
         return source, np.where(source == NOBODY, 0, self.seeds[self.slots])
+
+    def move(self, size: int) -> np.ndarray:
+        """Go on in `size` slots, enough for those that draw: which old slot each of them is, or NOBODY."""
+        source = np.full(size, NOBODY, np.int32)
+        old = np.flatnonzero(~self.free)
+        source[: len(old)] = old
+        self.slots = np.where(source == NOBODY, NOBODY, self.slots[source])
+        return source
 
     def collect(self, drawn: Drawn) -> None:
         """Note the answers that have ended, and free their slots."""

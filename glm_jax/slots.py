@@ -52,7 +52,7 @@ class Prefilled(NamedTuple):
 
 
 class Programs:
-    """The programs, each compiled once a shape of its arguments; `width` is P. The policy comes first in all."""
+    """The programs, each compiled once a shape of its arguments; `width` is P. The policy comes first."""
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class Programs:
         self.insert = jax.jit(partial(_insert, append=append), donate_argnames="slots")
         decode = partial(_decode, append=append, width=width, layout=layout)
         self.decode = jax.jit(decode, donate_argnames="slots")
+        self.narrow = jax.jit(_narrow)
 
 
 Append = Callable[[Slots, Bool[Array, " S"], Float[Array, "S V"], jax.Array], Slots]
@@ -135,6 +136,24 @@ def _insert(
         ),
     )
     return append(slots, fresh, _taken(prompts.logits, source), key)
+
+
+def _narrow(slots: Slots, source: Int[Array, " N"]) -> Slots:
+    """As many slots as `source` has entries: it names an old slot, or is -1 for an idle one."""
+    cache = Cache(
+        keys=_taken(slots.cache.keys, source, axis=1),
+        values=_taken(slots.cache.values, source, axis=1),
+        real=_taken(slots.cache.real, source),
+        position=_taken(slots.cache.position, source),
+    )
+    drawn = jax.tree.map(lambda x: _taken(x, source), slots.drawn)
+    return Slots(
+        cache=cache,
+        steps=slots.steps,
+        seeds=_taken(slots.seeds, source),
+        token=_taken(slots.token, source),
+        drawn=drawn._replace(running=drawn.running & (source >= 0)),
+    )
 
 
 def _taken(x: jax.Array, source: Int[Array, " S"], axis: int = 0) -> jax.Array:

@@ -113,18 +113,18 @@ def dpo_update(
     return make_update(partial(pair_loss, config=config, layout=layout), counts, optimizer, layout)
 
 
-def best_and_worst(answers: list[Sequences], scores: np.ndarray, logp: np.ndarray) -> LabelledPairs:
+def best_and_worst(answers: Sequences, scores: np.ndarray, logp: np.ndarray) -> LabelledPairs:
     """Of K answers to each of B prompts the best-scored as chosen and the worst as rejected; host arrays.
 
-    `scores` and the reference log-probabilities `logp` are [K, B]. Rows whose scores are all equal say nothing and
-    are dropped.
+    `answers` are [B * K, ...], those of one prompt side by side; `scores` and the reference log-probabilities `logp`
+    are [B, K]. Rows whose scores are all equal say nothing and are dropped.
     """
-    fields = [np.stack([getattr(a, field) for a in answers]) for field in Sequences._fields]
-    rows = np.flatnonzero(scores.max(axis=0) > scores.min(axis=0))
-    best, worst = scores.argmax(axis=0)[rows], scores.argmin(axis=0)[rows]
-    chosen, rejected = (Sequences(*(x[k, rows] for x in fields)) for k in (best, worst))
+    rows = np.flatnonzero(scores.max(axis=1) > scores.min(axis=1))
+    best, worst = scores.argmax(axis=1)[rows], scores.argmin(axis=1)[rows]
+    places = [rows * scores.shape[1] + k for k in (best, worst)]
+    chosen, rejected = (Sequences(*(x[place] for x in answers)) for place in places)
     return LabelledPairs(
-        Pairs(chosen, rejected), np.stack([logp[best, rows], logp[worst, rows]], axis=1)
+        Pairs(chosen, rejected), np.stack([logp.reshape(-1)[place] for place in places], axis=1)
     )
 
 
@@ -154,18 +154,16 @@ def sample_pairs(
 
     collected: list[LabelledPairs] = []
     for number, batch in enumerate(prompts):
-        on_mesh = layout.put(batch)
-        keys = jax.random.split(jax.random.fold_in(key, number), config.samples)
-        drawn = [sample(policy, on_mesh, k) for k in keys]
-        labels = fetch([label(policy, reward, answers) for answers in drawn])
-        scores, logp = (np.stack(x) for x in zip(*labels, strict=True))
-        # rows that fill the batch drop out
-        scores = np.where(np.asarray(batch.row) >= 0, scores, 0.0)
-        answers = fetch([answers.sequences for answers in drawn])
-        collected.append(best_and_worst(answers, scores, logp))
-        spread = float(np.mean(scores.max(axis=0) - scores.min(axis=0)))
-        tokens = int(num_tokens([answers.sequences for answers in drawn]))
-        report(number + 1, {"score": float(np.mean(scores)), "spread": spread}, tokens)
+        stream = jax.random.fold_in(key, number)
+        drawn = sample(policy, layout.put(batch), stream, config.samples)
+        labels = fetch(label(policy, reward, drawn))
+        scores, logp = (x.reshape(-1, config.samples) for x in labels)
+        real = np.asarray(batch.row) >= 0
+        scores = np.where(real[:, None], scores, 0.0)  # rows that fill the batch drop out
+        collected.append(best_and_worst(fetch(drawn.sequences), scores, logp))
+        spread = float(np.mean(np.ptp(scores[real], axis=1)))
+        tokens = int(num_tokens(drawn.sequences))
+        report(number + 1, {"score": float(np.mean(scores[real])), "spread": spread}, tokens)
     pairs: LabelledPairs = jax.tree.map(lambda *x: np.concatenate(x), *collected)
     if not len(pairs.ref_logp):
         raise UserError(

@@ -26,6 +26,7 @@ from rlhf.ppo_loop import Iteration, Measure, Step, train_ppo
 from rlhf.recipe import Recipe
 from rlhf.reference import References, draw_references
 from rlhf.reward_stage import JudgedData, judged_data, load_reward, reward_stage, summary_of
+from rlhf.rollout import prompts_at_once
 from rlhf.runlog import RunLog
 from sharding.disk.directory import write_jsonl
 from sharding.layout import Layout
@@ -120,12 +121,14 @@ class PPORun(BaseRun):
         samples = max(recipe.selection.samples, int(config.reference_baseline))
         if not samples:
             return None
-        with self.log.stage("references", total=-(-num_prompts // config.batch_size)) as stage:
+        sample = self.samplers["ppo"]
+        rows = prompts_at_once(config.batch_size, samples, sample)
+        with self.log.stage("references", total=-(-num_prompts // rows)) as stage:
             references = draw_references(
                 reward,
                 sft,
-                self.samplers["ppo"],
-                in_order(prompts, config.batch_size),
+                sample,
+                in_order(prompts, rows),
                 num_prompts,
                 samples,
                 config,

@@ -71,7 +71,7 @@ def samples_table(samples: Sequence[Sample], count: int = 3) -> Table:
     table = Table(title="Sample answers", box=box.SIMPLE_HEAD, show_lines=False)
     table.add_column("Model", no_wrap=True)
     table.add_column("Text", overflow="fold")
-    table.add_column("Sentiment", justify="right")
+    table.add_column("Judged", justify="right")
     for sample in samples[:count]:
         table.add_row("[bold]prompt", f"[bold]{escape(sample['prompt'])}")
         for model, name in MODELS.items():

@@ -1,5 +1,6 @@
-"""Answers of a policy, made ready for scoring."""
+"""Prompts made ready for several answers each, and answers made ready for scoring."""
 
+import math
 from typing import TypeVar
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from glm_jax.batch import Sequences
+from glm_jax.sampler import Sampler
 
 Rows = TypeVar("Rows")
 
@@ -16,6 +18,12 @@ def repeated(rows: Rows, count: int) -> Rows:
     """Every row of host arrays [B, ...] `count` times, one after the other: a row for each answer to a prompt."""
     found: Rows = jax.tree.map(lambda x: np.repeat(np.asarray(x), count, axis=0), rows)
     return found
+
+
+def prompts_at_once(answers: int, samples: int, sample: Sampler) -> int:
+    """Size of a batch of prompts that get `samples` answers each, about `answers` in all; both layouts can split it."""
+    ways = math.lcm(*(layout.ways("batch") for layout in (sample.training, sample.generation)))
+    return max(1, answers // samples // ways) * ways
 
 
 def with_stop(sequences: Sequences, ended: Bool[Array, " B"], stop_id: int) -> Sequences:

@@ -2,13 +2,16 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 
+from glm_jax.scalar import apply_scalar
 from glm_jax.tokenizers import Tokenizer
 from glm_jax.train import to_host
-from rlhf.doctor.checks import OF_ROLLOUT, OF_UPDATE, Finding
+from rlhf.doctor.checks import OF_ROLLOUT, OF_UPDATE
 from rlhf.doctor.evidence import Learnt, Setting, gather
+from rlhf.doctor.finding import Finding
 from rlhf.ppo import Models, PPOConfig
 from rlhf.ppo_loop import Inputs, Iteration, Learners, current_models, minibatches
 from sharding.errors import UserError
@@ -31,6 +34,7 @@ class Doctor:
         self.setting = setting
         self.strict = strict
         self.findings: dict[str, Finding] = {}
+        self._apply = jax.jit(partial(apply_scalar, layout=iterate.layout))
         self._start: Prints = {}
         self._updates: Counter[str] = Counter()
 
@@ -48,7 +52,9 @@ class Doctor:
         self._start = self._start or before
         learners, rolled_out = iterate.roll_out(learners, models, inputs, sample_key)
         same = before["actor"] == before["reference"]
-        evidence = gather(self.setting, iterate, learners, models, inputs, rolled_out, same)
+        evidence = gather(
+            self.setting, iterate, self._apply, learners, models, inputs, rolled_out, same
+        )
         for name, check in OF_ROLLOUT.items():
             self._note(name, check(evidence))
         self._conclude()

@@ -1,7 +1,6 @@
 """What an iteration of PPO did, brought to the host so that it can be recomputed there."""
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 
 from glm_jax.batch import Sequences
 from glm_jax.generate import Generation
-from glm_jax.scalar import ScalarModel, apply_scalar
+from glm_jax.scalar import ScalarModel
 from rlhf.ppo import Experience, Models, PPOConfig
 from rlhf.ppo_loop import Inputs, Iteration, Learners, RolledOut, current_models
 from rlhf.rollout import repeated
@@ -58,22 +57,29 @@ class Learnt(NamedTuple):
     updates: Mapping[str, int]  # of each model that learns, since then
 
 
+# model, ids, valid -> values, float32 [B, T]
+ApplyScalar = Callable[[ScalarModel, jax.Array, jax.Array], jax.Array]
+
+
 def gather(
     setting: Setting,
     iterate: Iteration,
+    apply: ApplyScalar,
     learners: Learners,
     models: Models,
     inputs: Inputs,
     rolled_out: RolledOut,
     same: bool,
 ) -> Evidence:
-    """The evidence of what was rolled out. Runs the scalar models once more, and the experience where padding moves."""
+    """The evidence of what was rolled out. Runs the scalar models once more, and the experience where padding moves.
+
+    `apply` is `glm_jax.scalar.apply_scalar` in the iteration's layout.
+    """
     current, layout = current_models(models, learners), iterate.layout
     answers: Generation = fetch(rolled_out.answers)
     experience, support = rolled_out.experience, rolled_out.experience.support
     read = _with_stop(answers, setting.stop_id)
     on_mesh = layout.put(read)
-    apply = jax.jit(partial(apply_scalar, layout=layout))
 
     def raw(model: ScalarModel) -> np.ndarray:
         values: np.ndarray = fetch(apply(model, on_mesh.ids, on_mesh.valid))

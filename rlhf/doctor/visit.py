@@ -10,8 +10,8 @@ from glm_jax.optim import make_optimizer
 from glm_jax.scalar import ScalarModel, scalar_model
 from glm_jax.train import init_state
 from rlhf.data.batches import in_order, shuffled
-from rlhf.doctor.checks import Finding
 from rlhf.doctor.doctor import Doctor, setting_of
+from rlhf.doctor.finding import Finding
 from rlhf.ppo import Models
 from rlhf.ppo_loop import Inputs, Learners, make_iteration
 from rlhf.ppo_run import PPORun

@@ -11,9 +11,10 @@ from glm_jax.config import Config
 from glm_jax.generate import SamplingConfig
 from glm_jax.sampler import Sampler
 from glm_jax.train import TrainState, init_state
+from rlhf.kl import KLConfig
 from rlhf.ppo import Models, PPOConfig
 from rlhf.ppo_loop import Inputs, Iteration, Learners, make_iteration
-from rlhf.trials.models import STOP_IDS, place_model, place_scorer, prompts, sequences
+from rlhf.trials.models import ANSWER, STOP_IDS, place_model, place_scorer, prompts, sequences
 from sharding.layout import Layout
 
 
@@ -26,6 +27,13 @@ class SmallPPO(NamedTuple):
     inputs: Callable[[int], Inputs]  # of a step
 
 
+# for trials that are about something else
+PLAIN = PPOConfig(
+    batch_size=16,
+    minibatches=2,
+    kl=KLConfig(coef=0.1),
+    sampling=SamplingConfig(max_new_tokens=ANSWER, temperature=0.7),
+)
 Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
 
 

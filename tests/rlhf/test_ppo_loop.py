@@ -13,25 +13,18 @@ from glm_jax.config import PRESETS
 from glm_jax.generate import Generation, SamplingConfig
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.train import TrainState
-from rlhf.kl import KLConfig
 from rlhf.ppo import Models, PPOConfig
 from rlhf.ppo_loop import Iteration
 from rlhf.trials.models import ANSWER, tiny
-from rlhf.trials.ppo import SmallPPO, small_ppo
+from rlhf.trials.ppo import PLAIN, SmallPPO, small_ppo
 from sharding.errors import UserError
 from sharding.fingerprint import fingerprint
 from sharding.layout import Layout
 
 CONFIG = dataclasses.replace(tiny(PRESETS["chatglm3-6b"]), num_layers=2)
 LAYOUT = Layout()
-ROWS = 16
+ROWS = PLAIN.batch_size
 OPTIMIZERS = (make_optimizer(OptimConfig(learning_rate=5e-3), 8),) * 2
-PLAIN = PPOConfig(
-    batch_size=ROWS,
-    minibatches=2,
-    kl=KLConfig(coef=0.1),
-    sampling=SamplingConfig(max_new_tokens=ANSWER, temperature=0.7),
-)
 
 
 @pytest.fixture(scope="module")

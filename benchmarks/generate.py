@@ -33,7 +33,7 @@ TURNS = 5
 PROMPTS, SHORTEST, LONGEST, NEW = 64, 16, 256, 128
 STOP_IDS = tuple(range(1000, 1182))
 BATCHES = (8, 16, 32, 64)  # sizes that the static sides may choose from
-SLOTS, PREFILL_TOKENS, REFILL = 24, 512, 2
+SLOTS, PREFILL_TOKENS, REFILL = 32, 512, 4
 GREEDY = 8  # tokens of every prompt that must be the same on both sides
 
 Drawn = dict[str, Any]  # what a side tells of a turn

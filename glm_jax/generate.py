@@ -97,14 +97,20 @@ def draw(
     Both are of the distribution that `warp` makes of the logits.
     """
     warped = warp(logits, sampling)
-    if sampling.greedy:
-        token = jnp.argmax(warped, axis=-1)
-    else:
+    noisy = warped
+    if not sampling.greedy:  # the largest of log p + Gumbel noise is a draw from p
         keys = jax.vmap(jax.random.fold_in)(row_keys, number)
-        token = jax.vmap(jax.random.categorical)(keys, warped)
+        noisy += jax.vmap(partial(jax.random.gumbel, shape=warped.shape[1:]))(keys)
+    token = _first_largest(noisy)
     hit = token[:, None] == jnp.arange(warped.shape[-1])
     logp = jnp.sum(jnp.where(hit, jax.nn.log_softmax(warped, axis=-1), 0.0), axis=-1)
     return token.astype(jnp.int32), logp
+
+
+def _first_largest(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """`argmax` of every row by simple reductions, of which XLA makes faster programs; the last index where x is NaN."""
+    index, last = jnp.arange(x.shape[-1]), x.shape[-1] - 1
+    return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, last), axis=-1)
 
 
 class Generation(NamedTuple):

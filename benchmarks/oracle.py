@@ -41,7 +41,7 @@ from rlhf.ppo import PPOConfig
 from rlhf.recipe import Recipe, check
 from rlhf.reference import SelectionConfig
 
-COEFS = (0.0, 0.02, 0.1)
+COEFS = (0.0, 0.05, 0.2)
 BETAS = (0.03, 0.1, 0.3, 1.0)
 BEST_OF = (1, 2, 4, 8, 16, 32)
 METHODS = ("PPO", "RLOO", "GRPO", "DPO", "best of n")
@@ -233,15 +233,12 @@ def of_seed(base: Recipe, out: Path, seed: int) -> dict[str, Any]:
     """Every experiment of a seed."""
     recipe = dataclasses.replace(base, seed=seed, output_dir=out / f"seed-{seed}", doctor=False)
     layout, generation = check(recipe)
+    jax.config.update("jax_compilation_cache_dir", str(out / "programs"))  # of runs that are alike
     with jax.set_mesh(layout.mesh()):
         lab = new_lab(recipe, layout, generation)
         no_prior = dataclasses.replace(base.reward, l2_weight=0.0)
-        apart = dataclasses.replace(
-            recipe, reward=no_prior, output_dir=out / f"seed-{seed}-no-prior"
-        )
-        other = new_lab(apart, layout, generation)
         found = {
-            "reference baseline": of_baseline(other),
+            "reference baseline": of_baseline(lab.with_proxy("no-prior", no_prior)),
             "SFT loss": of_sft(lab),
             "prompt selection": of_selection(lab),
             "curves": of_methods(lab),

@@ -1,5 +1,6 @@
 """Where benchmarks/oracle.py makes its experiments: the models of one seed, and what is trained from them."""
 
+import copy
 import dataclasses
 import json
 import statistics
@@ -23,6 +24,7 @@ from rlhf.ppo import Models, score_answers
 from rlhf.ppo_loop import Inputs, Learners, make_iteration
 from rlhf.recipe import Recipe
 from rlhf.reference import draw_references
+from rlhf.reward import RewardConfig
 from rlhf.rollout import prompts_at_once
 from rlhf.run import Run
 from rlhf.runlog import RunLog
@@ -45,6 +47,14 @@ class Lab(Run):
         self.samplers = self.make_samplers(model.trunk.config)
         self.sft = self.train_sft(model)
         self.proxy, _ = self.reward_model(self.sft)
+
+    def with_proxy(self, name: str, reward: RewardConfig) -> "Lab":
+        """The same lab with another reward model."""
+        lab = copy.copy(self)
+        lab.directory = self.directory / name
+        lab.recipe = dataclasses.replace(self.recipe, reward=reward, output_dir=lab.directory)
+        lab.proxy, _ = lab.reward_model(self.sft)
+        return lab
 
     def ppo(self, name: str, **changes: Any) -> tuple[CausalLM, History]:
         """A policy and the metrics of every iteration; `changes` are of `Recipe` fields."""

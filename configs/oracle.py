@@ -1,4 +1,4 @@
-"""PPO in a world whose true reward is known: gold against proxy, on a CPU, in two minutes.
+"""PPO in a world whose true reward is known: gold against proxy, on a CPU, in a few minutes.
 
     glm-jax run configs/oracle.py
 
@@ -23,7 +23,7 @@ from rlhf.sft import SFTConfig
 sampling = SamplingConfig(max_new_tokens=20)
 config = Recipe(
     output_dir=Path("runs/oracle"),
-    data=OracleData(length_bias=0.15),
+    data=OracleData(prompts=1344, answers=8, length_bias=0.1),
     model=GLMConfig(
         vocab_size=448,
         hidden_size=64,
@@ -36,19 +36,19 @@ config = Recipe(
     ),
     length=32,
     prompt_length=12,
-    sft=SFTConfig(steps=600, batch_size=64, optim=OptimConfig(learning_rate=3e-3)),
+    sft=SFTConfig(steps=3000, batch_size=64, optim=OptimConfig(learning_rate=3e-3)),
     reward=RewardConfig(
-        steps=300, batch_size=64, l2_weight=0.01, optim=OptimConfig(learning_rate=1e-3)
+        steps=600, batch_size=64, l2_weight=0.01, optim=OptimConfig(learning_rate=1e-3)
     ),
     ppo=PPOConfig(
-        iterations=100,
+        iterations=60,
         batch_size=64,
         minibatches=2,
-        kl=KLConfig(coef=0.02),
+        kl=KLConfig(coef=0.05),
         sft_batch_size=32,
         sft_weight=0.05,
         sampling=sampling,
-        actor=OptimConfig(learning_rate=1e-3, weight_decay=0.0),
+        actor=OptimConfig(learning_rate=3e-4, weight_decay=0.0),
         critic=OptimConfig(learning_rate=1e-3, weight_decay=0.0),
     ),
     dpo=DPOConfig(

@@ -69,14 +69,16 @@ class Counts:
     prompts: int = 0  # computed
     columns: int = 0  # that this took, padding included
     steps: int = 0  # of decoding, all slots at once
+    rows: int = 0  # that this took, idle slots included
     answers: int = 0
     tokens: int = 0  # of answers
     recompiled: int = 0  # programs
 
     def __str__(self) -> str:
         return (
-            f"{self.answers:,} answers of {self.tokens:,} tokens in {self.steps:,} steps, {self.prompts:,} prompts "
-            f"computed in {self.columns:,} columns, {self.recompiled} programs compiled after the warm-up"
+            f"{self.answers:,} answers of {self.tokens:,} tokens in {self.steps:,} steps ({self.rows:,} rows), "
+            f"{self.prompts:,} prompts computed in {self.columns:,} columns, {self.recompiled} programs compiled after "
+            f"the warm-up"
         )
 
 
@@ -143,7 +145,8 @@ class Engine:
             free = min(self.rollout.refill, requests.waiting)
             most = self.num_slots - free if free else self._fewer(requests)
             slots = self._programs.decode(policy, slots, key, np.int32(most))
-            steps, drawn = fetch((slots.steps, slots.drawn))
+            past, (steps, drawn) = steps, fetch((slots.steps, slots.drawn))
+            self.counts.rows += int(steps - past) * len(requests.slots)
             requests.collect(drawn)
             while not requests.waiting and 0 < requests.drawing <= (fewer := self._fewer(requests)):
                 slots = self._programs.narrow(slots, self.layout.put(requests.move(fewer)))

@@ -179,6 +179,21 @@ def test_one_long_answer_does_not_hold_the_others(small: GLMConfig) -> None:
     assert steps == ROOM - 1  # those of the long one; the others came and went beside it
 
 
+def test_the_last_answers_decode_in_fewer_rows(small: GLMConfig) -> None:
+    prompts, seeds = _prompts(12), _seeds(12)
+    rollouts = [
+        RolloutConfig(slots=8, buckets=(10,), prefill_tokens=80, halvings=n) for n in (0, 2)
+    ]
+    (whole, steps), (halved, same_steps) = (
+        _drawn(small, prompts, seeds, rollout=rollout) for rollout in rollouts
+    )
+    _assert_same(halved, whole)
+    assert steps == same_steps
+    rows = [_engine(small, SAMPLED, rollout).counts.rows for rollout in rollouts]
+    assert rows[0] == 8 * steps
+    assert np.sum(_lengths(whole) - 1) <= rows[1] < rows[0]
+
+
 def test_one_new_token_needs_no_decoding(small: GLMConfig) -> None:
     sampling = dataclasses.replace(SAMPLED, max_new_tokens=1)
     prompts, seeds = _prompts(9), _seeds(9)

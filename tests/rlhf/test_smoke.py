@@ -52,8 +52,8 @@ def test_a_pipeline_gives_the_metrics_of_one_device(
         for name, value in theirs.items():
             if name in ("stage", "step"):
                 assert ours[name] == value
-            elif name == "accuracy" and (theirs["stage"], theirs["step"]) == ("dpo", 1):
-                pass  # a policy that is its reference has margins of 0: this counts the signs of roundings
+            elif name == "accuracy" and abs(theirs.get("margin", 1.0)) < 3e-5:
+                pass  # a policy that still is its reference: this counts the signs of roundings
             elif name not in ("wall_s", "drift"):  # drift is itself a difference of roundings
                 # values that are exactly 0 on one device may round to 1e-9 on another; these two are differences of
                 # log-probabilities of whole answers, about -300 nats, of which float32 tells 3e-5 apart

@@ -25,7 +25,7 @@ from rlhf.ppo_loop import Inputs, Learners, make_iteration
 from rlhf.recipe import Recipe
 from rlhf.reference import draw_references
 from rlhf.reward import RewardConfig
-from rlhf.rollout import prompts_at_once
+from rlhf.rollout import prompt_batches
 from rlhf.run import Run
 from rlhf.runlog import RunLog
 from sharding.layout import Layout
@@ -112,7 +112,7 @@ class Lab(Run):
             self.proxy,
             self.sft,
             sample,
-            in_order(prompts, prompts_at_once(config.batch_size, 2, sample)),
+            prompt_batches(prompts, config.batch_size, 2, sample),
             len(prompts.row),
             2,
             config,
@@ -150,7 +150,7 @@ class Lab(Run):
             self.sft,
             self.proxy,
             config,
-            in_order(prompts, prompts_at_once(self.recipe.ppo.batch_size, config.samples, sample)),
+            prompt_batches(prompts, self.recipe.ppo.batch_size, config.samples, sample),
             sample,
             self.tokenizer.eos_id,
             self.key("dpo"),

@@ -4,6 +4,7 @@ A request is a line of JSON on a side's stdin, the answer one on its stdout. So 
 machine does hits all alike. Every process keeps the memory that it has freed, as `glm-jax run` does on a CPU.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -22,19 +23,21 @@ Side = Callable[[Any], Any]  # a request -> its answer
 
 def started(name: str, *arguments: str, python: str = sys.executable) -> Side:
     """The running script once more, as the side `name`, under the interpreter `python`."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [python, sys.argv[0], FLAG, name, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path)},
     )
     assert process.stdin and process.stdout
     stdin, stdout = process.stdin, process.stdout
 
     def ask(request: Any) -> Any:
-        stdin.write(json.dumps(request) + "\n")
-        stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
         if line := stdout.readline():
             return json.loads(line)
         sys.exit(f"{name} stopped: see above")
@@ -62,8 +65,9 @@ def answer(told: Any) -> None:
 
 def serve(side: Side) -> None:
     """Answer all requests."""
-    for request in requests():
-        answer(side(request))
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
+        for request in requests():
+            answer(side(request))
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Continuous batching: any number of requests through a fixed number of slots that decode together.
+"""Continuous batching: any number of requests through a given number of slots that decode together.
 
 A request is a prompt and a seed. Prompts are computed in groups, padded to one of a few widths; a request takes the
 next slot that is free and leaves it with its last token. So one long answer holds up nobody, all samples of a prompt
@@ -35,8 +35,8 @@ class RolloutConfig:
     buckets: tuple[int, ...] = (32, 64, 128, 256)  # widths of prompts; the last is the longest
     prefill_tokens: int = 512  # of a group of prompts, padding included
     refill: int = 1  # free slots that it takes to let waiting requests in
-    # how often the slots may be halved once nobody waits: the last answers decode in fewer rows. While that is done
-    # the cache is there one and a half times
+    # how often the slots may be halved once nobody waits, so that the last answers decode in fewer rows; while it is
+    # done a device holds its cache one and a half times
     halvings: int = 2
 
     def __post_init__(self) -> None:
@@ -113,15 +113,15 @@ class Engine:
         """Compile all programs, on prompts that no slot takes."""
         run = self._programs
         slots = run.empty(policy)
-        nobody = self.layout.put(np.full(self.num_slots, -1, np.int32))
+        nobody = self.layout.put(np.full(self.num_slots, NOBODY, np.int32))
         for width in self.rollout.buckets:
             shape = (self._group_size(width), width)
             padding = self.layout.put((np.zeros(shape, np.int32), np.zeros(shape, bool)))
             slots = run.insert(slots, run.prefill(policy, *padding), nobody, nobody, key)
         for size in reversed(self._sizes):
             if size < self.num_slots:
-                slots = run.narrow(slots, self.layout.put(np.full(size, -1, np.int32)))
-            slots = run.decode(policy, slots, key, np.int32(0))
+                slots = run.narrow(slots, self.layout.put(np.full(size, NOBODY, np.int32)))
+            slots = run.decode(policy, slots, key, np.int32(0), np.int32(0))
             fetch((slots.steps, slots.drawn))
         self._warm = True
 
@@ -137,19 +137,24 @@ class Engine:
         if not self._warm:
             self.warm_up(policy, key)
         before = len(compiled_programs())
-        requests = _Requests(prompts, seeds, groups, self.num_slots, self.room)
+        shards = self.layout.ways("batch")
+        requests = _Requests(prompts, seeds, groups, self.num_slots, shards, self.room)
         slots, steps = self._programs.empty(policy), 0
         while requests.waiting or requests.drawing:
             slots = self._fill(policy, slots, requests, key)
             # with others waiting, until some can enter; then until those left fit into fewer slots, or none is left
-            free = min(self.rollout.refill, requests.waiting)
-            most = self.num_slots - free if free else self._fewer(requests)
-            slots = self._programs.decode(policy, slots, key, np.int32(most))
+            if requests.waiting:
+                most = self.num_slots - min(self.rollout.refill, requests.waiting)
+                limits = most, self.num_slots
+            else:
+                limits = self.num_slots, self._fewer(requests) // shards
+            slots = self._programs.decode(policy, slots, key, *map(np.int32, limits))
             past, (steps, drawn) = steps, fetch((slots.steps, slots.drawn))
             self.counts.rows += int(steps - past) * len(requests.slots)
             requests.collect(drawn)
-            while not requests.waiting and 0 < requests.drawing <= (fewer := self._fewer(requests)):
-                slots = self._programs.narrow(slots, self.layout.put(requests.move(fewer)))
+            while not requests.waiting and requests.drawing and requests.fit(self._fewer(requests)):
+                source = self.layout.put(requests.move(self._fewer(requests)))
+                slots = self._programs.narrow(slots, source)
         self.counts.steps += int(steps)
         self.counts.answers += seeds.shape[1] * sum(len(rows) for _, rows in groups)
         self.counts.tokens += int(requests.length.sum())
@@ -219,7 +224,13 @@ class _Requests:
     prefilled: Prefilled  # the group that waiting requests enter slots from
 
     def __init__(
-        self, prompts: Prompts, seeds: np.ndarray, groups: list[Group], num_slots: int, room: int
+        self,
+        prompts: Prompts,
+        seeds: np.ndarray,
+        groups: list[Group],
+        num_slots: int,
+        num_shards: int,
+        room: int,
     ) -> None:
         self.prompts, self.samples = prompts, seeds.shape[1]
         self.seeds = seeds.reshape(-1)
@@ -227,6 +238,7 @@ class _Requests:
         self.waiting = self.samples * sum(len(rows) for _, rows in groups)
         self.computed: deque[tuple[int, int]] = deque()  # those of `prefilled`: its row, the answer
         self.slots = np.full(num_slots, NOBODY)  # the answer that each draws
+        self.num_shards = num_shards  # of the slots, which lie one after the other
         shape = (len(self.seeds), room)
         self.ids, self.logp = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         self.length, self.ended = np.zeros(shape[0], np.int32), np.zeros(shape[0], bool)
@@ -237,9 +249,9 @@ class _Requests:
         return self.slots == NOBODY
 
     @property
-    def drawing(self) -> int:
-        """How many slots draw."""
-        return int(np.sum(~self.free))
+    def drawing(self) -> bool:
+        """Whether any slot draws."""
+        return not self.free.all()
 
     def next_group(self) -> Group:
         """The group that enters slots from now on; that before it has entered."""
@@ -256,13 +268,20 @@ class _Requests:
             self.waiting -= 1
         return source, np.where(source == NOBODY, 0, self.seeds[self.slots])
 
+    def fit(self, size: int) -> bool:
+        """Whether every shard of `size` slots has room for what it draws."""
+        drawing = (~self.free).reshape(self.num_shards, -1).sum(axis=1)
+        return bool(drawing.max() <= size // self.num_shards)
+
     def move(self, size: int) -> np.ndarray:
-        """Go on in `size` slots, enough for those that draw: which old slot each of them is, or NOBODY."""
-        source = np.full(size, NOBODY, np.int32)
-        old = np.flatnonzero(~self.free)
-        source[: len(old)] = old
-        self.slots = np.where(source == NOBODY, NOBODY, self.slots[source])
-        return source
+        """Go on in `size` slots, which must `fit`: the old slot of each, counted in its shard, or NOBODY."""
+        source = np.full((self.num_shards, size // self.num_shards), NOBODY, np.int32)
+        slots = np.full(source.shape, NOBODY)
+        for shard, old in enumerate(self.slots.reshape(self.num_shards, -1)):
+            (places,) = np.nonzero(old != NOBODY)
+            source[shard, : len(places)], slots[shard, : len(places)] = places, old[places]
+        self.slots = slots.reshape(-1)
+        return source.reshape(-1)
 
     def collect(self, drawn: Drawn) -> None:
         """Note the answers that have ended, and free their slots."""

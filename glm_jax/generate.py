@@ -108,7 +108,8 @@ def draw(
 
 
 def _first_largest(x: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """`argmax` of every row by simple reductions, of which XLA makes faster programs; the last index where x is NaN."""
+    """`argmax` of every row by simple reductions, of which XLA makes faster programs; V - 1 for a row with NaN."""
+    x = jax.lax.optimization_barrier(x)  # both uses are of the same bits
     index, last = jnp.arange(x.shape[-1]), x.shape[-1] - 1
     return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, last), axis=-1)
 

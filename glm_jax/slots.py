@@ -1,6 +1,7 @@
-"""The programs of continuous batching: a fixed number of slots that decode together and are refilled one by one.
+"""The programs of continuous batching: slots that decode together and are refilled one by one.
 
-`glm_jax.continuous` calls them. Whatever varies - which slots, which prompts, how long - is a value, never a shape.
+`glm_jax.continuous` calls them. Whatever varies - which slots, which prompts, how long - is a value, never a shape; but
+for the number of slots, which is halved a few times.
 """
 
 from collections.abc import Callable
@@ -70,7 +71,7 @@ class Programs:
         self.insert = jax.jit(partial(_insert, append=append), donate_argnames="slots")
         decode = partial(_decode, append=append, width=width, layout=layout)
         self.decode = jax.jit(decode, donate_argnames="slots")
-        self.narrow = jax.jit(_narrow)
+        self.narrow = jax.jit(partial(_narrow, layout=layout))
 
 
 Append = Callable[[Slots, Bool[Array, " S"], Float[Array, "S V"], jax.Array], Slots]
@@ -138,20 +139,34 @@ def _insert(
     return append(slots, fresh, _taken(prompts.logits, source), key)
 
 
-def _narrow(slots: Slots, source: Int[Array, " N"]) -> Slots:
-    """As many slots as `source` has entries: it names an old slot, or is -1 for an idle one."""
+def _narrow(slots: Slots, source: Int[Array, " fewer"], layout: Layout) -> Slots:
+    """As many slots as `source` has entries: each names an old slot, or is -1 for an idle one.
+
+    Old slots are counted from the first one of their own batch shard, so that nothing leaves its device.
+    """
+
+    def kept(x: jax.Array, axis: int = 0) -> jax.Array:
+        spec = jax.typeof(x).sharding.spec
+        take = jax.shard_map(
+            lambda x, source: jnp.take(x, source, axis=axis, mode="clip"),
+            in_specs=(spec, layout.spec("batch")),
+            out_specs=spec,
+        )
+        rows: jax.Array = take(x, source)
+        return rows
+
     cache = Cache(
-        keys=_taken(slots.cache.keys, source, axis=1),
-        values=_taken(slots.cache.values, source, axis=1),
-        real=_taken(slots.cache.real, source),
-        position=_taken(slots.cache.position, source),
+        keys=kept(slots.cache.keys, axis=1),
+        values=kept(slots.cache.values, axis=1),
+        real=kept(slots.cache.real),
+        position=kept(slots.cache.position),
     )
-    drawn = jax.tree.map(lambda x: _taken(x, source), slots.drawn)
+    drawn = jax.tree.map(kept, slots.drawn)
     return Slots(
         cache=cache,
         steps=slots.steps,
-        seeds=_taken(slots.seeds, source),
-        token=_taken(slots.token, source),
+        seeds=kept(slots.seeds),
+        token=kept(slots.token),
         drawn=drawn._replace(running=drawn.running & (source >= 0)),
     )
 
@@ -172,12 +187,20 @@ def _decode(
     slots: Slots,
     key: jax.Array,
     most: Int[Array, ""],
+    most_of_a_shard: Int[Array, ""],
     append: Append,
     width: int,
     layout: Layout,
 ) -> Slots:
-    """Slots after as many steps as it takes until at most `most` of them are running."""
+    """Slots after as many steps as it takes until no more of them are running, in all and in every batch shard."""
     room = slots.drawn.ids.shape[1]
+    by_shard = (layout.ways("batch"), -1)
+
+    def go_on(slots: Slots) -> jax.Array:
+        running = slots.drawn.running
+        shards = jnp.reshape(running, by_shard, out_sharding=layout.spec("batch", None))
+        too_many = jnp.max(jnp.sum(shards, axis=1)) > most_of_a_shard
+        return (jnp.sum(running) > most) | too_many
 
     def step(slots: Slots) -> Slots:
         column = width + slots.steps % room
@@ -185,7 +208,7 @@ def _decode(
         slots = slots._replace(cache=cache, steps=slots.steps + 1)
         return append(slots, slots.drawn.running, next_logits(model, hidden, layout), key)
 
-    return jax.lax.while_loop(lambda slots: jnp.sum(slots.drawn.running) > most, step, slots)
+    return jax.lax.while_loop(go_on, step, slots)
 
 
 def _append(

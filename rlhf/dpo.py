@@ -31,7 +31,7 @@ from glm_jax.train import (
 )
 from rlhf.losses import dpo_loss, ipo_loss
 from rlhf.reward import interleave
-from rlhf.rollout import with_stop
+from rlhf.rollout import require_scores, with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
 from sharding.processes import fetch
@@ -55,6 +55,8 @@ class DPOConfig:
     optim: OptimConfig = OptimConfig(learning_rate=1e-6)
 
     def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise UserError(f"dpo.samples = {self.samples}: a pair needs 2 answers or more")
         if not 0.0 <= self.label_smoothing < 0.5:
             raise UserError(
                 f"dpo.label_smoothing = {self.label_smoothing} is out of range: a label that is wrong as often as "
@@ -141,7 +143,8 @@ def sample_pairs(
 ) -> LabelledPairs:
     """Draw `config.samples` answers to every prompt and pair the best with the worst; arrays on the host.
 
-    `policy` is the model that DPO starts from, hence also its reference. Raises UserError if no pair is left.
+    `policy` is the model that DPO starts from, hence also its reference. Raises UserError if no pair is left, and where
+    the reward model's score is not a number.
     """
 
     @jax.jit
@@ -158,7 +161,9 @@ def sample_pairs(
         drawn = sample(policy, layout.put(batch), stream, config.samples)
         labels = fetch(label(policy, reward, drawn))
         scores, logp = (x.reshape(-1, config.samples) for x in labels)
-        real = np.asarray(batch.row) >= 0
+        row = np.asarray(batch.row)
+        real = row >= 0
+        require_scores(scores[real], row[real], "the policy")
         scores = np.where(real[:, None], scores, 0.0)  # rows that fill the batch drop out
         collected.append(best_and_worst(fetch(drawn.sequences), scores, logp))
         spread = float(np.mean(np.ptp(scores[real], axis=1)))

@@ -17,7 +17,7 @@ from glm_jax.scalar import ScalarModel, scalar_model
 from glm_jax.tokenizers import Tokenizer
 from rlhf.base_run import BaseRun
 from rlhf.card.page import write_card
-from rlhf.data.batches import in_order, prompt_rows, sft_rows, shuffled
+from rlhf.data.batches import prompt_rows, sft_rows, shuffled
 from rlhf.data.records import Splits, prompt_text
 from rlhf.doctor.doctor import Doctor, setting_of
 from rlhf.evaluate import load_judge
@@ -26,7 +26,7 @@ from rlhf.ppo_loop import Iteration, Measure, Step, train_ppo
 from rlhf.recipe import Recipe
 from rlhf.reference import References, draw_references
 from rlhf.reward_stage import JudgedData, judged_data, load_reward, reward_stage, summary_of
-from rlhf.rollout import prompts_at_once
+from rlhf.rollout import prompt_batches
 from rlhf.runlog import RunLog
 from sharding.disk.directory import write_jsonl
 from sharding.layout import Layout
@@ -122,13 +122,13 @@ class PPORun(BaseRun):
         if not samples:
             return None
         sample = self.samplers["ppo"]
-        rows = prompts_at_once(config.batch_size, samples, sample)
-        with self.log.stage("references", total=-(-num_prompts // rows)) as stage:
+        batches = prompt_batches(prompts, config.batch_size, samples, sample)
+        with self.log.stage("references", total=len(batches)) as stage:
             references = draw_references(
                 reward,
                 sft,
                 sample,
-                in_order(prompts, rows),
+                batches,
                 num_prompts,
                 samples,
                 config,

@@ -14,6 +14,7 @@ from glm_jax.sampler import Sampler
 from glm_jax.scalar import ScalarModel
 from glm_jax.train import Report, num_tokens
 from rlhf.ppo import PPOConfig, score_answers
+from rlhf.rollout import require_scores
 from sharding.errors import UserError
 from sharding.layout import Layout
 from sharding.processes import fetch
@@ -87,12 +88,7 @@ def draw_references(
         row = np.asarray(batch.row)
         real = row >= 0
         found = fetch(score(reward, answers)).reshape(-1, samples)[real]
-        unscored = row[real][~np.isfinite(found).all(axis=1)]
-        if len(unscored):
-            raise UserError(
-                f"the reward model scores the SFT model's answers to {len(unscored)} of {real.sum()} prompts with what "
-                f"is not a number (first: prompt {unscored[0]}); look for NaN or infinity in its weights"
-            )
+        require_scores(found, row[real], "the SFT model")
         scores[row[real]] = found
         ids, _, target = (x[::samples] for x in fetch(answers.sequences))
         for place in np.flatnonzero(real):

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from glm_jax.batch import Sequences
+from glm_jax.batch import Prompts, Sequences
 from glm_jax.sampler import Sampler
+from rlhf.data.batches import in_order
+from sharding.errors import UserError
 
 Rows = TypeVar("Rows")
 
@@ -20,10 +22,25 @@ def repeated(rows: Rows, count: int) -> Rows:
     return found
 
 
-def prompts_at_once(answers: int, samples: int, sample: Sampler) -> int:
-    """Size of a batch of prompts that get `samples` answers each, about `answers` in all; both layouts can split it."""
+def prompt_batches(prompts: Prompts, answers: int, samples: int, sample: Sampler) -> list[Prompts]:
+    """Every prompt once, in order, in batches for `samples` answers each: `answers` in all, or a prompt's if more.
+
+    Which prompts go together, and with it what they are answered, depends on no layout: where one needs more rows to
+    split, rows of padding make them up.
+    """
+    rows = max(1, answers // samples)
     ways = math.lcm(*(layout.ways("batch") for layout in (sample.training, sample.generation)))
-    return max(1, answers // samples // ways) * ways
+    return list(in_order(prompts, rows, -(-rows // ways) * ways))
+
+
+def require_scores(scores: np.ndarray, rows: np.ndarray, whose: str) -> None:
+    """Raise UserError where a score [prompts, samples] is not a number, naming the first of the prompts `rows`."""
+    unscored = rows[~np.isfinite(scores).all(axis=1)]
+    if len(unscored):
+        raise UserError(
+            f"the reward model scores {whose}'s answers to {len(unscored)} of {len(rows)} prompts with what is not a "
+            f"number (first: prompt {unscored[0]}); look for NaN or infinity in its weights"
+        )
 
 
 def with_stop(sequences: Sequences, ended: Bool[Array, " B"], stop_id: int) -> Sequences:

@@ -14,7 +14,7 @@ from rlhf.dpo import sample_pairs, train_dpo
 from rlhf.evaluate import Answers, answer, heldout_nll, load_judge, win_tie_lose
 from rlhf.ppo_run import PPORun
 from rlhf.recipe import Recipe, check
-from rlhf.rollout import prompts_at_once
+from rlhf.rollout import prompt_batches
 from rlhf.runlog import RunLog
 from rlhf.sft import train_sft
 from sharding.disk.directory import write_json
@@ -81,8 +81,7 @@ class Run(PPORun):
         config, layout = self.recipe.dpo, self.layout
         prompts = jax.tree.map(lambda x: x[: config.prompts], self.data.prompts)
         sample = self.samplers["dpo"]
-        rows = prompts_at_once(self.recipe.ppo.batch_size, config.samples, sample)
-        batches = list(in_order(prompts, rows))
+        batches = prompt_batches(prompts, self.recipe.ppo.batch_size, config.samples, sample)
         with self.log.stage("dpo pairs", total=len(batches)) as stage:
             pairs = sample_pairs(
                 sft,

@@ -98,15 +98,16 @@ def shuffled(rows: Rows, batch_size: int, seed: int) -> grain.DatasetIterator[Ro
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def in_order(rows: Rows, batch_size: int) -> Iterator[Rows]:
-    """Every row once, in order; the last batch is filled up with rows that are all padding.
+def in_order(rows: Rows, batch_size: int, width: int | None = None) -> Iterator[Rows]:
+    """Every row once, in order, `batch_size` a batch; batches are filled up to `width` rows with rows of padding.
 
+    `width` is at least `batch_size`, which is what None means: then the last batch alone is filled up.
     In those rows `valid` and `target` are False, ids are 0 and a prompt's `row` is -1.
     """
     count = _num_rows(rows)
     for start in range(0, count, batch_size):
-        index = np.arange(start, start + batch_size)
-        yield _take(rows, np.where(index < count, index, -1))
+        index = np.arange(start, start + (width or batch_size))
+        yield _take(rows, np.where(index < min(count, start + batch_size), index, -1))
 
 
 def _num_rows(rows: Rows) -> int:

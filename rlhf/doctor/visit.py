@@ -9,7 +9,7 @@ from glm_jax.model import CausalLM
 from glm_jax.optim import make_optimizer
 from glm_jax.scalar import ScalarModel, scalar_model
 from glm_jax.train import init_state
-from rlhf.data.batches import in_order, shuffled
+from rlhf.data.batches import shuffled
 from rlhf.doctor.doctor import Doctor, setting_of
 from rlhf.doctor.finding import Finding
 from rlhf.ppo import Models
@@ -17,6 +17,7 @@ from rlhf.ppo_loop import Inputs, Learners, make_iteration
 from rlhf.ppo_run import PPORun
 from rlhf.recipe import Recipe, check
 from rlhf.reference import draw_references
+from rlhf.rollout import prompt_batches
 from rlhf.runlog import RunLog
 from sharding.processes import together
 
@@ -103,7 +104,7 @@ class _Visit(PPORun):
             reward,
             sft,
             self.samplers["ppo"],
-            in_order(rows, config.batch_size),
+            prompt_batches(rows, count, 1, self.samplers["ppo"]),
             count,
             1,
             config,

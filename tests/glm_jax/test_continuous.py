@@ -213,12 +213,14 @@ def test_rows_of_padding_get_no_answer(small: GLMConfig) -> None:
 
 
 def _on(layout: Layout, config: GLMConfig, generation: Layout | None = None) -> Generation:
-    rollout = RolloutConfig(slots=8, buckets=(10,), prefill_tokens=80)
+    rollout = RolloutConfig(slots=16, buckets=(10,), prefill_tokens=80)
     with jax.set_mesh(layout.mesh()):
         sample = Sampler(config, SAMPLED, STOPS, layout, generation, rollout)
         prompts = layout.put(_prompts(16))
         answers = sample(_model(config, layout), prompts, jax.random.key(KEY), samples=2)
         assert answers.sequences.ids.sharding.spec == layout.spec("batch", None)
+        assert sample.engine is not None
+        assert sample.engine.counts.rows < 16 * sample.engine.counts.steps  # halved on every shard
         host: Generation = jax.device_get(answers)
     return host
 
@@ -258,6 +260,7 @@ def test_the_same_answers_under_all_layouts(config: Any, layout: Layout) -> None
         ({"buckets": (8, 4)}, "rollout.buckets = (8, 4): give positive widths"),
         ({"buckets": (0, 4)}, "rollout.buckets = (0, 4): give positive widths"),
         ({"prefill_tokens": 0}, "rollout.prefill_tokens = 0: give a positive number"),
+        ({"halvings": -1}, "rollout.halvings = -1: give 0 or more"),
         ({"slots": 4, "refill": 5}, "rollout.refill = 5: give at least 1, at most the slots"),
     ],
 )

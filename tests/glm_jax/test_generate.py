@@ -9,7 +9,14 @@ import pytest
 
 from glm_jax.batch import Prompts
 from glm_jax.config import Config, GLMConfig, GLMV1Config
-from glm_jax.generate import Generation, SamplingConfig, generate, stream, warp
+from glm_jax.generate import (
+    Generation,
+    SamplingConfig,
+    _first_largest,
+    generate,
+    stream,
+    warp,
+)
 from glm_jax.loss import token_logprobs
 from glm_jax.model import CausalLM, apply_model, init_model
 from sharding.errors import UserError
@@ -112,6 +119,21 @@ def test_top_k_and_top_p_against_a_loop(top_k: int, top_p: float) -> None:
     ours = warp(jnp.asarray(logits), SamplingConfig(1, 0.7, top_k, top_p))
     by_hand = [_warp_by_hand(row.tolist(), 0.7, top_k, top_p) for row in logits]
     np.testing.assert_allclose(np.asarray(ours), by_hand, rtol=1e-6)
+
+
+def test_the_first_largest_is_argmax() -> None:
+    inf, nan = np.inf, np.nan
+    rows = np.array(
+        [
+            [0.0, 2.0, 2.0, 1.0],
+            [-inf, -inf, -1.0, -inf],
+            [-inf, -inf, -inf, -inf],
+            [3.0, nan, 1.0, 0.0],
+        ],
+        np.float32,
+    )
+    found = jax.jit(_first_largest)(rows)
+    assert found.tolist() == [1, 2, 0, 3]  # a row with NaN: the last one, so that it stays NaN
 
 
 @pytest.mark.parametrize(

@@ -83,12 +83,12 @@ def rows_in_order(layout: Layout) -> list[list[int]]:
 
 
 def answers(layout: Layout) -> dict[str, np.ndarray]:
-    """Two answers each to 16 prompts of 1 to 12 tokens, through 8 slots."""
+    """Two answers each to 16 prompts of 1 to 12 tokens, through 16 slots, 8 at last."""
     rng = np.random.default_rng(0)
     valid = np.arange(12) >= 12 - rng.integers(1, 13, (16, 1))
     ids = np.where(valid, rng.integers(3, 64, (16, 12)), 0).astype(np.int32)
     prompts = Prompts(ids, valid, np.arange(16, dtype=np.int32))
-    rollout = RolloutConfig(slots=8, buckets=(6, 12), prefill_tokens=48)
+    rollout = RolloutConfig(slots=16, buckets=(6, 12), prefill_tokens=48)
     with jax.set_mesh(layout.mesh()):
         model = jax.jit(partial(init_model, CONFIG, layout))(jax.random.key(0))
         sample = Sampler(CONFIG, SamplingConfig(10), (2, 5, 7), layout, None, rollout)

@@ -149,6 +149,13 @@ def test_evaluation_sees_every_row_in_order_and_fills_up_with_padding(
         assert not last.weight[-missing:].any() and last.weight[:-missing].all()
 
 
+def test_batches_may_be_wider_than_their_rows(prompts: Prompts) -> None:
+    batches = [whole(batch) for batch in in_order(prompts, 3, 4)]
+    rows = [batch.row.tolist() for batch in batches]
+    assert rows == [[0, 1, 2, -1], [3, 4, 5, -1], [6, 7, 8, -1], [9, 10, -1, -1]]
+    assert all((batch.valid.any(axis=1) == (batch.row >= 0)).all() for batch in batches)
+
+
 def test_a_batch_looks_up_the_rows_it_is_asked_for() -> None:
     class Watched(np.ndarray):
         seen: ClassVar[list[int]] = []

@@ -123,10 +123,10 @@ def test_dpo_loss_against_a_loop() -> None:
 
 
 def test_best_and_worst_answers_become_a_pair() -> None:
-    sample, prompt = np.arange(3, dtype=np.int32), np.arange(3, dtype=np.int32)[:, None]
-    ids = np.repeat((10 * sample + prompt).reshape(-1, 1), 4, axis=1)
-    answers = Sequences(ids, np.ones((9, 4), bool), np.ones((9, 4), bool))
-    scores = np.array([[0.1, 0.9, -0.2], [0.5, 0.5, 0.5], [0.2, -0.3, 0.0]])
+    sample, prompt = np.arange(4, dtype=np.int32), np.arange(3, dtype=np.int32)[:, None]
+    ids = np.repeat((10 * sample + prompt).reshape(-1, 1), 5, axis=1)
+    answers = Sequences(ids, np.ones((12, 5), bool), np.ones((12, 5), bool))
+    scores = np.array([[0.1, 0.9, -0.2, 0.0], [0.5, 0.5, 0.5, 0.5], [0.2, -0.3, 0.0, 0.1]])
     labelled = best_and_worst(answers, scores, 100 * scores)
     assert labelled.pairs.chosen.ids[:, 0].tolist() == [10, 2]  # row 1 says nothing and drops out
     assert labelled.pairs.rejected.ids[:, 0].tolist() == [20, 12]

@@ -1,24 +1,28 @@
 """Reference answers and prompt selection; a reward model from elsewhere."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from glm_jax.batch import Prompts
+from glm_jax.batch import Prompts, Sequences
 from glm_jax.checkpoint import Card, save_model
 from glm_jax.config import PRESETS, GLMConfig
-from glm_jax.generate import SamplingConfig
+from glm_jax.generate import Generation, SamplingConfig
 from glm_jax.hf.config import Tokens, default_form
 from glm_jax.optim import OptimConfig, make_optimizer
+from glm_jax.sampler import Sampler
 from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer
 from rlhf.data.batches import in_order
-from rlhf.ppo import PPOConfig
+from rlhf.dpo import DPOConfig, LabelledPairs, sample_pairs
+from rlhf.ppo import PPOConfig, score_answers
 from rlhf.reference import References, SelectionConfig, draw_references
 from rlhf.reward_stage import load_reward
+from rlhf.rollout import prompt_batches
 from rlhf.trials.models import ANSWER, STOP_IDS, place_scorer, prompts, tiny
 from rlhf.trials.ppo import SmallPPO, small_ppo
 from sharding.errors import UserError
@@ -72,6 +76,67 @@ def test_a_score_that_is_not_a_number_is_refused(small: SmallPPO) -> None:
         UserError, match=r"8 of 8 prompts with what is not a number \(first: prompt 0\)"
     ):
         _references(sick, 1, table)
+
+
+def test_what_prompts_are_answered_together_does_not_depend_on_the_layout() -> None:
+    table = prompts(CONFIG, "references", PROMPTS)
+    rows = {}
+    for layout in (LAYOUT, Layout(data=4), Layout(fsdp=8)):
+        with jax.set_mesh(layout.mesh()):
+            sample = Sampler(CONFIG, SETTINGS.sampling, STOP_IDS, layout)
+            batches = [np.asarray(x.row) for x in prompt_batches(table, 16, 3, sample)]
+        ways = layout.ways("batch")
+        assert all(len(batch) % ways == 0 and len(batch) < 5 + ways for batch in batches)
+        rows[ways] = [batch[batch >= 0].tolist() for batch in batches]
+    assert rows[1] == rows[4] == rows[8] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize("poison", [1.0, np.nan])
+def test_pairs_are_the_best_and_the_worst_of_a_prompts_own_answers(
+    small: SmallPPO, poison: float
+) -> None:
+    table, config = prompts(CONFIG, "pairs", 5), DPOConfig(samples=3)
+    reward = jax.tree.map(lambda x: x * poison, small.models.reward)
+    batches = prompt_batches(table, 9, 3, small.iterate.sample)  # 3 prompts, then 2 and padding
+    told: list[Mapping[str, float]] = []
+
+    def draw() -> LabelledPairs:
+        return sample_pairs(
+            small.models.actor,
+            reward,
+            config,
+            batches,
+            small.iterate.sample,
+            STOP_IDS[0],
+            jax.random.key(0),
+            LAYOUT,
+            lambda _, metrics, tokens: told.append(metrics),
+        )
+
+    if np.isnan(poison):
+        with pytest.raises(UserError, match="scores the policy's answers to 3 of 3 prompts"):
+            draw()
+        return
+    pairs, ref_logp = draw()
+    width = table.ids.shape[1]
+    of = [np.flatnonzero((table.ids == ids[:width]).all(axis=1)) for ids in pairs.chosen.ids]
+    np.testing.assert_array_equal(np.concatenate(of), np.arange(5))  # padding is no prompt
+    np.testing.assert_array_equal(pairs.chosen.ids[:, :width], pairs.rejected.ids[:, :width])
+    score = jax.jit(partial(score_answers, config=SETTINGS, stop_id=STOP_IDS[0], layout=LAYOUT))
+
+    def scored(side: Sequences) -> np.ndarray:
+        ended = (np.isin(side.ids, STOP_IDS) & side.target).any(axis=1)
+        found: np.ndarray = np.asarray(score(reward, Generation(side, side.ids * 0.0, ended)))
+        return found
+
+    best, worst = scored(pairs.chosen), scored(pairs.rejected)
+    assert (best > worst).all() and ref_logp.shape == (5, 2) and (ref_logp < 0).all()
+    assert len(told) == 2 and np.isfinite([x["score"] for x in told]).all()
+
+
+def test_one_answer_makes_no_pair() -> None:
+    with pytest.raises(UserError, match=r"dpo\.samples = 1: a pair needs 2 answers or more"):
+        DPOConfig(samples=1)
 
 
 def test_prompts_whose_scores_do_not_differ_are_dropped() -> None:

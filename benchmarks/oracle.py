@@ -1,9 +1,9 @@
-"""What every switch of PPO does where the true reward is known: a table and two plots, over three seeds.
+"""What every switch of PPO does where the true reward is known: tables and a plot, over three seeds.
 
-    JAX_PLATFORMS=cpu python benchmarks/oracle.py [SEEDS] [OUT]    # default: 3 runs/oracle; about 20 minutes each
+    JAX_PLATFORMS=cpu python benchmarks/oracle.py [SEEDS] [OUT]    # default: 3 runs/oracle; half an hour
 
-Everything starts from configs/oracle.py: one SFT and one reward model a seed, from annotators who like length. Printed
-as Markdown, and drawn in OUT/overoptimisation.png:
+Seeds run side by side, as many as there are cores. Everything starts from configs/oracle.py: one SFT and one reward
+model a seed, from annotators who like length. Printed as Markdown, and drawn in OUT/overoptimisation.png:
 
 * the reference baseline: how far apart tasks' mean rewards lie at the start, and gain and KL at the end, with it and
   without, for a reward model without the prior on scores, whose origin nothing fixes;

@@ -309,6 +309,21 @@ def gflop(work: Work, ours: bool) -> float:
     return (prefill + scores + sft + common) / 1e9
 
 
+def product_speed(size: int = 2048) -> float:
+    """GFLOP/s of a large matrix product: what no program of matrix products here goes beyond."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((size, size))
+    product = jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
 def work_of(recipe: Any) -> Work:
     ppo, model = recipe.ppo, dataclasses.asdict(recipe.model)
     assert ppo.epochs == 1
@@ -335,6 +350,8 @@ def main() -> None:
     python = {name: parser.parse_args().tunix_python for name in SIDES} | {
         "glm-jax": sys.executable
     }
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    print(f"a large product runs at {product_speed():.0f} GFLOP/s")
     work = work_of(demo())
     print(f"{work}, {os.cpu_count()} cores, {TURNS} turns after {WARMUP} to warm up")
     shape = json.dumps(dataclasses.asdict(work))

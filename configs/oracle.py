@@ -3,7 +3,9 @@
     glm-jax run configs/oracle.py
 
 The reward model learns from annotators who like length; every iteration of PPO says what the reward model (`score`) and
-the gold reward (`judged`, 2 is best) make of its answers.
+the gold reward (`judged`, 2 is best) make of its answers. On 2 cores, 2 min 46 s: the reward model gets 0.817 of the
+held-out pairs right; over PPO its score rises from 0.3 to 2.2, and the gold reward from 0.58 to 0.72 and back to 0.6;
+on held-out prompts SFT, PPO and DPO are worth 0.49, 0.53 and 1.15.
 """
 
 from pathlib import Path

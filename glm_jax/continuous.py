@@ -152,9 +152,12 @@ class Engine:
             past, (steps, drawn) = steps, fetch((slots.steps, slots.drawn))
             self.counts.rows += int(steps - past) * len(requests.slots)
             requests.collect(drawn)
-            while not requests.waiting and requests.drawing and requests.fit(self._fewer(requests)):
-                source = self.layout.put(requests.move(self._fewer(requests)))
-                slots = self._programs.narrow(slots, source)
+            while (
+                not requests.waiting
+                and requests.drawing
+                and requests.fit(fewer := self._fewer(requests))
+            ):
+                slots = self._programs.narrow(slots, self.layout.put(requests.move(fewer)))
         self.counts.steps += int(steps)
         self.counts.answers += seeds.shape[1] * sum(len(rows) for _, rows in groups)
         self.counts.tokens += int(requests.length.sum())

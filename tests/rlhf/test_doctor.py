@@ -407,7 +407,8 @@ def test_the_command_examines_a_recipe_and_its_exit_status_says_how_it_went(
     assert all(name in out for name in ("response mask", "padding", "frozen models"))
     assert not (tmp_path / "run" / "checkpoints").exists()  # nothing is kept
     assert main(["doctor", str(recipe), "--ppo.score-clip", "0.0001"]) == 1
-    assert "fail" in capsys.readouterr().out
+    cells = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "reward scale fail" in cells and "raise ppo.score_clip" in cells
 
 
 def test_a_recipe_of_a_reward_model_has_no_ppo_to_examine(

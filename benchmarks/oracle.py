@@ -1,16 +1,18 @@
 """What every switch of PPO does where the true reward is known: tables and a plot, over three seeds.
 
-    JAX_PLATFORMS=cpu python benchmarks/oracle.py [SEEDS] [OUT]    # default: 3 runs/oracle; half an hour
+    JAX_PLATFORMS=cpu python benchmarks/oracle.py [SEEDS] [OUT] [EXPERIMENT ...]    # 3 runs/oracle, all
 
-Seeds run side by side, as many as there are cores. Everything starts from configs/oracle.py: one SFT and one reward
-model a seed, from annotators who like length. Printed as Markdown, and drawn in OUT/overoptimisation.png:
+Seeds run side by side, as many as there are cores; all in half an hour. Everything starts from configs/oracle.py: one
+SFT and one reward model a seed, from annotators who like length. Printed as Markdown, and drawn in
+OUT/overoptimisation.png:
 
-* the reference baseline: how far apart tasks' mean rewards lie at the start, and gain and KL at the end, with it and
-  without, for a reward model without the prior on scores, whose origin nothing fixes;
-* the SFT loss mixed in: held-out NLL, gain and KL, with it and without;
-* prompt selection: iterations until the reward reaches what the run without it ends at;
-* over-optimisation: gold and proxy against KL along PPO, RLOO and GRPO with three coefficients each, of DPO at four
-  betas, and of best-of-n (whose KL is log n - (n - 1) / n, Stiennon et al. 2020, appendix G.3).
+* `pairs`, `grades`: the reference baseline. How far apart tasks' mean rewards lie at the start, and gain and KL at the
+  end, with it and without: for a reward model of pairs without the prior on scores, whose origin nothing fixes, and for
+  one of absolute grades to which each task's annotators add an offset of their own;
+* `sft`: the SFT loss mixed in, held-out NLL, gain and KL, with it and without;
+* `selection`: prompt selection, iterations until the reward reaches what the run without it ends at;
+* `methods`: over-optimisation, gold and proxy against KL along PPO, RLOO and GRPO with three coefficients each, of DPO
+  at four betas, and of best-of-n (whose KL is log n - (n - 1) / n, Stiennon et al. 2020, appendix G.3).
 
 Gains are over the SFT model: of the proxy (the reward model's score, which is trained on) and of the gold reward.
 """
@@ -21,7 +23,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -44,6 +46,7 @@ from rlhf.reference import SelectionConfig
 COEFS = (0.0, 0.05, 0.2)
 BETAS = (0.03, 0.1, 0.3, 1.0)
 BEST_OF = (1, 2, 4, 8, 16, 32)
+OFFSETS = dict(zip(TASKS, (-3.0, -1.0, 1.0, 3.0), strict=True))  # of grades, by task
 METHODS = ("PPO", "RLOO", "GRPO", "DPO", "best of n")
 
 
@@ -61,6 +64,18 @@ def gains(history: History) -> dict[str, float]:
         "gold": end(history, "judged") - start["judged"],
         "KL": end(history, "kl") * end(history, "length"),
     }
+
+
+def of_pairs(lab: Lab) -> dict[str, dict[str, float]]:
+    """The reference baseline where the reward model has no prior on its scores."""
+    return of_baseline(
+        lab.with_proxy("pairs", dataclasses.replace(lab.recipe.reward, l2_weight=0.0))
+    )
+
+
+def of_grades(lab: Lab) -> dict[str, dict[str, float]]:
+    """The reference baseline where every task's grades have an offset."""
+    return of_baseline(lab.with_grades("grades", OFFSETS))
 
 
 def of_baseline(lab: Lab) -> dict[str, dict[str, float]]:
@@ -229,20 +244,26 @@ def draw(curves: Mapping[str, list[list[Point]]], path: Path) -> None:
     path.write_bytes(png(figure))
 
 
-def of_seed(base: Recipe, out: Path, seed: int) -> dict[str, Any]:
-    """Every experiment of a seed."""
+TABLES: Mapping[str, tuple[str, Callable[[Lab], dict[str, dict[str, float]]]]] = {
+    "pairs": ("reference baseline, pairs", of_pairs),
+    "grades": ("reference baseline, grades", of_grades),
+    "sft": ("SFT loss", of_sft),
+    "selection": ("prompt selection", of_selection),
+}
+
+
+def of_seed(base: Recipe, out: Path, wanted: Collection[str], seed: int) -> dict[str, Any]:
+    """The experiments of a seed by name."""
     recipe = dataclasses.replace(base, seed=seed, output_dir=out / f"seed-{seed}", doctor=False)
     layout, generation = check(recipe)
     jax.config.update("jax_compilation_cache_dir", str(out / "programs"))  # of runs that are alike
     with jax.set_mesh(layout.mesh()):
         lab = new_lab(recipe, layout, generation)
-        no_prior = dataclasses.replace(base.reward, l2_weight=0.0)
-        found = {
-            "reference baseline": of_baseline(lab.with_proxy("no-prior", no_prior)),
-            "SFT loss": of_sft(lab),
-            "prompt selection": of_selection(lab),
-            "curves": of_methods(lab),
+        found: dict[str, Any] = {
+            name: of(lab) for name, (_, of) in TABLES.items() if name in wanted
         }
+        if "methods" in wanted:
+            found["methods"] = of_methods(lab)
     print(f"seed {seed} done", file=sys.stderr, flush=True)
     return found
 
@@ -252,14 +273,17 @@ def main() -> None:
     base, _ = load_recipe(Path(__file__).parents[1] / "configs" / "oracle.py")
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     out = Path(sys.argv[2] if len(sys.argv) > 2 else "runs/oracle")
+    wanted = sys.argv[3:] or [*TABLES, "methods"]
     workers = min(seeds, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(partial(of_seed, base, out), range(seeds)))
+        found = list(pool.map(partial(of_seed, base, out, wanted), range(seeds)))
     (out / "found.json").write_text(json.dumps(found))
-    for title in ("reference baseline", "SFT loss", "prompt selection"):
-        table(title, [seed[title] for seed in found])
-    table("over-optimisation", [peaks(seed["curves"]) for seed in found])
-    draw(found[0]["curves"], out / "overoptimisation.png")
+    for name, (title, _) in TABLES.items():
+        if name in wanted:
+            table(title, [seed[name] for seed in found])
+    if "methods" in wanted:
+        table("over-optimisation", [peaks(seed["methods"]) for seed in found])
+        draw(found[0]["methods"], out / "overoptimisation.png")
 
 
 if __name__ == "__main__":

@@ -3,21 +3,25 @@
 import copy
 import dataclasses
 import json
+import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.batch import Prompts
+from glm_jax.batch import Array, Prompts, Sequences
+from glm_jax.metrics import Shares
 from glm_jax.model import CausalLM
 from glm_jax.optim import make_optimizer
-from glm_jax.scalar import ScalarModel
-from glm_jax.train import init_state
-from rlhf.data.batches import in_order, shuffled
-from rlhf.data.oracle.oracle import gold_reward
+from glm_jax.scalar import ScalarModel, scalar_model, sequence_scores
+from glm_jax.train import init_state, make_update, train
+from rlhf.data.batches import in_order, sft_rows, shuffled
+from rlhf.data.oracle.oracle import OracleData, gold_reward, task_of
+from rlhf.data.records import Example, prompt_text
 from rlhf.dpo import sample_pairs, train_dpo
 from rlhf.evaluate import heldout_nll
 from rlhf.ppo import Models, score_answers
@@ -32,6 +36,13 @@ from sharding.layout import Layout
 from sharding.processes import fetch
 
 History = list[dict[str, float]]
+
+
+class Graded(NamedTuple):
+    """Answers and the grade of each."""
+
+    sequences: Sequences
+    grade: Array  # float32 [B]
 
 
 class Lab(Run):
@@ -55,6 +66,47 @@ class Lab(Run):
         lab.recipe = dataclasses.replace(self.recipe, reward=reward, output_dir=lab.directory)
         lab.proxy, _ = lab.reward_model(self.sft)
         return lab
+
+    def with_grades(self, name: str, offsets: Mapping[str, float]) -> "Lab":
+        """The same lab with a reward model of absolute grades, task -> what its annotators add to all of theirs.
+
+        The answers are those that SFT imitates; the grades have the data's liking for length and its noise.
+        """
+        config, data, layout = self.recipe.reward, self.recipe.data, self.layout
+        assert isinstance(data, OracleData)
+        records = [x for x in self.prepare("sft").sft.train if self.fits(x)]
+        rng = random.Random(self.recipe.seed)
+        grades = []
+        for record in records:
+            text = prompt_text(record.prompt)
+            told = gold_reward(text + record.response) + offsets[task_of(text)]
+            bias = data.length_bias * len(record.response.split())
+            grades.append(told + bias + rng.gauss(0.0, data.noise))
+        rows = sft_rows(records, self.tokenizer, self.recipe.length)
+
+        def loss(
+            model: ScalarModel, batch: Graded, count: int, layout: Layout
+        ) -> tuple[jax.Array, Shares]:
+            error = sequence_scores(model, batch.sequences, layout) - batch.grade
+            return jnp.sum(error**2) / count, {}
+
+        optimizer = make_optimizer(config.optim, config.steps)
+        update = make_update(
+            partial(loss, layout=layout), lambda batch: len(batch.grade), optimizer, layout
+        )
+        start = init_state(scalar_model(self.sft.trunk, layout, self.key("graded")), optimizer)
+        graded = Graded(rows, np.array(grades, np.float32))
+        batches = shuffled(graded, config.batch_size, self.recipe.seed)
+        lab = copy.copy(self)
+        lab.directory = self.directory / name
+        lab.recipe = dataclasses.replace(self.recipe, output_dir=lab.directory)
+        lab.proxy = train(start, update, batches, config.steps, layout, silent).model
+        return lab
+
+    def fits(self, record: Example) -> bool:
+        """Whether prompt and answer are no longer than `length` tokens."""
+        said = [*record.prompt, {"role": "assistant", "content": record.response}]
+        return len(self.tokenizer.chat_example(said)[0]) <= self.recipe.length
 
     def ppo(self, name: str, **changes: Any) -> tuple[CausalLM, History]:
         """A policy and the metrics of every iteration; `changes` are of `Recipe` fields."""

@@ -22,9 +22,18 @@ CHUNK = 1 << 24  # bytes of a file at most: with larger buffers writing is slowe
 AGAIN = "the checkpoint is damaged: take a copy of it, or make it again"
 
 
+def handler() -> ocp.PyTreeCheckpointHandler:
+    """Of one zarr array a leaf, uncompressed (weights do not compress): what Tensorstore can open by itself."""
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+
+
+def save_args(tree: Any) -> ocp.args.PyTreeSave:
+    """What Orbax is given to save `tree`, so that `restore` and `shapes` read it."""
+    return ocp.args.PyTreeSave(_nested(_flat(tree)))
+
+
 def _orbax() -> ocp.Checkpointer:
-    # one zarr array a leaf, uncompressed (weights do not compress): what Tensorstore can open by itself
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
+    return ocp.Checkpointer(handler())
 
 
 def _flat(tree: Any) -> dict[Keys, Any]:
@@ -46,7 +55,7 @@ def _nested(arrays: Mapping[Keys, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """What Tensorstore could not write becomes a UserError; its ValueError hides the number of the OSError."""
     with explained(path):
         try:
@@ -63,7 +72,7 @@ def save(path: Path, tree: Any) -> None:
 
     Raises UserError where it cannot be written.
     """
-    with _writing(path), _orbax() as checkpointer:
+    with writing(path), _orbax() as checkpointer:
         checkpointer.save(path.absolute(), _nested(_flat(tree)), force=True)
 
 
@@ -87,7 +96,9 @@ def restore(path: Path, like: Any) -> Any:
 
 
 def _sharding(x: Any) -> jax.sharding.NamedSharding:
-    spec = jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else x.sharding.spec
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.Array) else x.sharding
+    # what jax.eval_shape finds for a number has none
+    spec = jax.sharding.PartitionSpec() if sharding is None else sharding.spec
     return jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
 
 
@@ -169,7 +180,7 @@ class Leaf:
 
         Raises UserError where the disk does not take them.
         """
-        with _writing(self._path):
+        with writing(self._path):
             self._at(index).write(values).result()
 
     def _chunk(self) -> list[int]:
@@ -243,7 +254,7 @@ def create(
         keys: np.zeros((1,) * len(like.shape), like.dtype) for keys, like in arrays.items()
     }
     leaves = {}
-    with _writing(path):
+    with writing(path):
         with _orbax() as checkpointer:
             checkpointer.save(path.absolute(), _nested(placeholders))
         for keys, like in arrays.items():

@@ -85,8 +85,11 @@ class Processes:
         return self.num_processes is not None
 
 
-def start(processes: Processes) -> int:
+def start(processes: Processes, preemptible: bool = False) -> int:
     """Join the processes of a run, before JAX counts its devices; returns how many they are.
+
+    `preemptible`: the program asks at every step whether to stop (`multihost_utils.reached_preemption_sync_point`), and
+    SIGTERM, which JAX then carries to all processes, does not end it.
 
     A process that no flag and no cluster says belongs to others runs alone. Raises UserError where they do not all
     come within `start_timeout`.
@@ -108,8 +111,8 @@ def start(processes: Processes) -> int:
             "cluster_detection_method": "deactivate",
         }
     failure: list[Exception] = []
-    # it would catch SIGTERM, for programs that ask it when to save: here a process told to end ends
-    jax.config.update("jax_enable_preemption_service", False)
+    # it catches SIGTERM: where nobody asks it, a process told to end would not
+    jax.config.update("jax_enable_preemption_service", preemptible)
     _run_collectives_in_order()
 
     def connect() -> None:
@@ -221,6 +224,11 @@ def on_first(work: Callable[[], T]) -> T | None:
     return together(lambda: work() if is_first() else None)
 
 
+def told_by_first(work: Callable[[], str]) -> str:
+    """What `work` says on the first process, on all of them; its error is raised on all."""
+    return _exchange(on_first(work) or "")[0]
+
+
 def same_everywhere(what: str, text: str) -> None:
     """Raise UserError on all processes unless `text` is the same on each."""
     for process, other in enumerate(texts := _exchange(text)):
@@ -247,7 +255,7 @@ def check_shared(directory: Path, name: str) -> None:
                 )
             time.sleep(0.1)
 
-    file = directory / _exchange(on_first(write) or "")[0]
+    file = directory / told_by_first(write)
     try:
         together(see)
     finally:

@@ -50,7 +50,7 @@ def write_manifest(directory: Path, tensors: Entries) -> None:
     """Write `manifest.json`: the tensors, and a hash of every other file of the directory."""
     weights = {entry.file for entry in tensors.values()}
     files = {
-        path.name: _hash_file(path)
+        path.name: hash_file(path)
         for path in sorted(directory.iterdir())
         if path.is_file() and path.name not in weights and path.name != NAME
     }
@@ -103,7 +103,7 @@ def check_manifest(directory: Path) -> list[str]:
         path = directory / name
         if not path.is_file():
             problems.append(f"{name} is missing")
-        elif name not in weights and _hash_file(path) != digest:
+        elif name not in weights and hash_file(path) != digest:
             problems.append(f"{name} has changed")
     return problems
 
@@ -118,7 +118,8 @@ def differing(ours: Entries, theirs: Entries) -> list[str]:
     ]
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """SHA-256 of its bytes, hexadecimal. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(CHUNK):

@@ -1,0 +1,131 @@
+"""Numbered states of one training in a folder, written by Orbax in the background while the training goes on."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+
+from sharding import checkpoint
+from sharding.disk.seal import broken, is_sealed, seal
+from sharding.errors import UserError
+from sharding.processes import on_first, told_by_first
+
+PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
+STATE, FACTS = "state", "facts"  # what a snapshot consists of: arrays, and what JSON can hold
+
+
+class Snapshots:
+    """The snapshots of one training. Use it in `with`: what is being written is finished at the end.
+
+    A snapshot appears whole, with a hash of every file in it (`sharding.disk.seal`), or not at all. The last
+    `keep_last` stay, at least two so that one that is damaged has another before it, and every `keep_every`-th.
+    Every process of a run must call every method, with a directory that all share.
+    """
+
+    def __init__(self, directory: Path, keep_last: int = 2, keep_every: int | None = None) -> None:
+        self.directory = directory.absolute()
+        self._step = 0  # being written
+        kept: list[managers.PreservationPolicy] = [managers.LatestN(max(2, keep_last))]
+        if keep_every:
+            kept.append(managers.EveryNSteps(keep_every))
+        on_first(self._clear)
+        with checkpoint.writing(self.directory):
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                item_names=(STATE, FACTS),
+                item_handlers={STATE: checkpoint.handler(), FACTS: ocp.JsonCheckpointHandler()},
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=managers.AnyPreservationPolicy(kept),
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                ),
+            )
+
+    def __enter__(self) -> "Snapshots":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def save(self, step: int, tree: Any, facts: Mapping[str, Any]) -> None:
+        """Copy `tree` and `facts` and return; the copy is written in the background, after the one before it.
+
+        Nobody else may change or donate the arrays of `tree`: on a CPU the copy is the array itself. Raises UserError
+        where this snapshot, or the one before, cannot be written.
+        """
+        with checkpoint.writing(self.directory):
+            self._manager.wait_until_finished()
+            self._require_room(tree)
+            self._step = step
+            state = checkpoint.save_args(tree)
+            args = ocp.args.Composite(state=state, facts=ocp.args.JsonSave(dict(facts)))
+            self._manager.save(step, args=args, force=True)
+
+    def wait(self) -> None:
+        """Until everything is on disk. Raises UserError where it cannot be written."""
+        with checkpoint.writing(self.directory):
+            self._manager.wait_until_finished()
+
+    def is_saving(self) -> bool:
+        """Whether one is being written."""
+        return self._manager.is_saving_in_progress()
+
+    def newest(self, tell: Callable[[str], None]) -> int | None:
+        """The last snapshot that is as it was written, None where there is none; `tell` hears of those that are not."""
+
+        def find() -> str:
+            for step in sorted(self._manager.all_steps(), reverse=True):
+                directory = self.path(step)
+                problems = broken(directory) if is_sealed(directory) else ["it has no seal"]
+                if not problems:
+                    return str(step)
+                tell(f"{directory} is damaged and is not used: {problems[0]}")
+            return ""
+
+        found = told_by_first(find)
+        return int(found) if found else None
+
+    def drop_after(self, step: int) -> None:
+        """Delete the snapshots after `step`: a training that went back to it will make them again."""
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What was said at `step`. Raises UserError where it cannot be read."""
+        path = self.path(step) / FACTS / "metadata"
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+        return found
+
+    def state(self, step: int) -> Path:
+        """The arrays of `step`: what `sharding.checkpoint.restore` and `shapes` read."""
+        return self.path(step) / STATE
+
+    def path(self, step: int) -> Path:
+        """The folder of `step`."""
+        return self.directory / str(step)
+
+    def _clear(self) -> None:
+        # Orbax's own clearing goes on in the background
+        for partial in self.directory.glob(f"*{PARTIAL}*"):
+            shutil.rmtree(partial)
+
+    def _require_room(self, tree: Any) -> None:
+        # one line beforehand instead of what threads say that find the disk full; it may still become full meanwhile
+        wanted = sum(x.nbytes for x in jax.tree.leaves(tree))
+        if shutil.disk_usage(self.directory).free < wanted:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _seal(self) -> None:
+        # all is written, by every process, under a temporary name that Orbax replaces next
+        (partial,) = self.directory.glob(f"{self._step}{PARTIAL}*")
+        seal(partial)

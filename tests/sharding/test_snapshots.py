@@ -1,0 +1,108 @@
+"""Snapshots are whole or not there, survive what comes after them, and tell when they are damaged."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import sharding.snapshots
+from sharding import checkpoint
+from sharding.errors import UserError
+from sharding.layout import get_layout
+from sharding.snapshots import Snapshots
+
+
+@pytest.fixture(autouse=True)
+def mesh() -> Iterator[None]:
+    with jax.set_mesh(get_layout("fsdp", 4).mesh()):
+        yield
+
+
+def tree(value: int) -> dict[str, Any]:
+    split = NamedSharding(jax.sharding.get_mesh(), PartitionSpec("fsdp"))
+    return {
+        "step": jnp.int32(value),
+        "model": {"w": jax.device_put(jnp.full((8, 3), value, jnp.float32), split)},
+        "nothing": None,
+    }
+
+
+def read(snapshots: Snapshots, step: int) -> dict[str, Any]:
+    found: dict[str, Any] = checkpoint.restore(snapshots.state(step), tree(0))
+    return found
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def test_a_snapshot_comes_back_with_its_facts(tmp_path: Path) -> None:
+    facts = {"kl_coef": 0.1 + 0.2, "iterators": {"sft": [1, {"a": None}]}}
+    with Snapshots(tmp_path / "sft") as snapshots:
+        assert snapshots.newest(silent) is None
+        snapshots.save(7, tree(7), facts)
+    with Snapshots(tmp_path / "sft") as snapshots:
+        assert snapshots.newest(silent) == 7
+        assert snapshots.facts(7) == facts
+        found = read(snapshots, 7)
+        assert found["model"]["w"].sharding.spec == PartitionSpec("fsdp", None)
+        jax.tree.map(np.testing.assert_array_equal, found, tree(7))
+
+
+def test_the_last_ones_stay_and_every_so_manieth(tmp_path: Path) -> None:
+    with Snapshots(tmp_path, keep_last=2, keep_every=4) as snapshots:
+        for step in range(1, 8):
+            snapshots.save(step, tree(step), {})
+        snapshots.wait()
+        kept = sorted(int(path.name) for path in tmp_path.iterdir())
+        assert kept == [4, 6, 7]
+
+
+def test_a_damaged_one_is_told_and_the_one_before_is_taken(tmp_path: Path) -> None:
+    told: list[str] = []
+    with Snapshots(tmp_path) as snapshots:
+        for step in (1, 2):
+            snapshots.save(step, tree(step), {})
+        snapshots.wait()
+        file = snapshots.state(2) / "model.w" / "1.0"
+        content = bytearray(file.read_bytes())
+        content[5] ^= 1
+        file.write_bytes(content)
+        assert snapshots.newest(told.append) == 1
+        assert told == [f"{tmp_path / '2'} is damaged and is not used: {file} has changed"]
+        snapshots.drop_after(1)
+        snapshots.save(2, tree(3), {})
+        snapshots.wait()
+        assert snapshots.newest(silent) == 2
+        assert read(snapshots, 2)["step"] == 3
+
+
+def test_what_was_not_finished_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Path) -> str:
+        raise OSError(28, "No space left on device")
+
+    told: list[str] = []
+    with Snapshots(tmp_path) as snapshots:
+        snapshots.save(1, tree(1), {})
+        snapshots.wait()
+    snapshots = Snapshots(tmp_path)
+    monkeypatch.setattr(sharding.snapshots, "seal", interrupted)
+    snapshots.save(2, tree(2), {})
+    with pytest.raises(UserError, match="the disk is full: make room or write elsewhere"):
+        snapshots.wait()
+    assert [path.name for path in tmp_path.iterdir()] != ["1"]  # a temporary folder is left
+    with contextlib.suppress(UserError, OSError):
+        snapshots.__exit__()
+    monkeypatch.undo()
+    with Snapshots(tmp_path) as snapshots:  # and cleared by the next one
+        assert snapshots.newest(told.append) == 1
+        assert told == []
+        assert [path.name for path in tmp_path.iterdir()] == ["1"]

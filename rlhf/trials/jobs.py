@@ -16,7 +16,7 @@ from glm_jax.train import TrainState, Update, init_state
 from rlhf.dpo import DPOConfig, LabelledPairs, dpo_update
 from rlhf.kl import KLConfig
 from rlhf.ppo import PPOConfig
-from rlhf.ppo_loop import Iteration
+from rlhf.ppo_iteration import Iteration
 from rlhf.reward import RewardConfig, reward_update
 from rlhf.sft import sft_update
 from rlhf.trials.models import (
@@ -32,6 +32,8 @@ from sharding.layout import Layout
 
 # AdamW's usual eps makes whole steps of gradients that are 0 but for rounding
 OPTIM = OptimConfig(learning_rate=5e-3, warmup_fraction=0.0, eps=1e-3)
+# of two updates an iteration: what rounding leaves of the first step, the others enlarge with the learning rate
+TWICE = dataclasses.replace(OPTIM, learning_rate=2e-3)
 
 
 class Seen(NamedTuple):
@@ -106,8 +108,8 @@ def _seen(state: TrainState) -> tuple[Any, Any]:
     return state.model, state.opt_state.gradient
 
 
-def _optimizer(steps: int) -> optax.GradientTransformation:
-    return remembering(make_optimizer(OPTIM, steps))
+def _optimizer(steps: int, config: OptimConfig = OPTIM) -> optax.GradientTransformation:
+    return remembering(make_optimizer(config, steps))
 
 
 def sft_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
@@ -176,7 +178,7 @@ def grpo_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
 
 def _iterations(settings: PPOConfig, config: Config, rows: int, steps: int, layout: Layout) -> Job:
     settings = dataclasses.replace(settings, batch_size=2 * rows, minibatches=2)
-    optimizers = (_optimizer(2 * steps), _optimizer(2 * steps))
+    optimizers = (_optimizer(2 * steps, TWICE), _optimizer(2 * steps, TWICE))
     small = small_ppo(config, settings, optimizers, layout)
     has_critic = settings.advantage == "gae"
     names = ("experience_of", "update_actor", *(("update_critic",) if has_critic else ()))

@@ -23,7 +23,6 @@ import numpy as np
 from glm_jax.model import init_model
 from glm_jax.scalar import scalar_model
 from glm_jax.tokenizers import ChatGLM3Tokenizer
-from rlhf.cli import load_recipe
 from rlhf.data.batches import in_order, sft_rows, shuffled
 from rlhf.data.filter_config import FilterConfig
 from rlhf.data.filters import kept, select, survey
@@ -31,6 +30,7 @@ from rlhf.data.pair_rows import judged_rows, token_pairs
 from rlhf.data.reading import Found
 from rlhf.data.records import Comparison, Preference, prompt_text, uniform_hash
 from rlhf.recipe import Recipe
+from rlhf.recipe_file import load_recipe
 from rlhf.reward import Heldout, train_reward
 from rlhf.sft import train_sft
 from sharding.layout import Layout

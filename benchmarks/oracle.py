@@ -35,12 +35,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from oracle_lab import History, Lab, new_lab
 
-from rlhf.cli import load_recipe
 from rlhf.data.oracle.oracle import TASKS, task_of
 from rlhf.kl import KLConfig
 from rlhf.plots import dress, png
 from rlhf.ppo import PPOConfig
 from rlhf.recipe import Recipe, check
+from rlhf.recipe_file import load_recipe
 from rlhf.reference import SelectionConfig
 
 COEFS = (0.0, 0.05, 0.2)

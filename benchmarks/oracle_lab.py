@@ -25,7 +25,7 @@ from rlhf.data.records import Example, prompt_text
 from rlhf.dpo import sample_pairs, train_dpo
 from rlhf.evaluate import heldout_nll
 from rlhf.ppo import Models, score_answers
-from rlhf.ppo_loop import Inputs, Learners, make_iteration
+from rlhf.ppo_iteration import Inputs, Learners, make_iteration
 from rlhf.recipe import Recipe
 from rlhf.reference import draw_references
 from rlhf.reward import RewardConfig
@@ -54,9 +54,8 @@ class Lab(Run):
     def make_models(self) -> None:
         """SFT and reward model, as the recipe has them."""
         self.load_data()
-        model = self.load_model()
-        self.samplers = self.make_samplers(model.trunk.config)
-        self.sft = self.train_sft(model)
+        self.sft = self.train_sft()
+        self.samplers = self.make_samplers(self.sft.trunk.config)
         self.proxy, _ = self.reward_model(self.sft)
 
     def with_proxy(self, name: str, reward: RewardConfig) -> "Lab":
@@ -148,8 +147,7 @@ class Lab(Run):
             learners, rolled_out = iterate.roll_out(
                 learners, models, inputs, jax.random.fold_in(self.key("seen"), number)
             )
-            metrics = {name: float(x) for name, x in fetch(rolled_out.metrics).items()}
-            found.append({**metrics, **rolled_out.measured})
+            found.append(rolled_out.figures)
         return {name: statistics.fmean(x[name] for x in found) for name in found[0]}
 
     def batches(self, count: int) -> list[Prompts]:

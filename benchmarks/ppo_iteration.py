@@ -122,7 +122,7 @@ def run_ours(work: Work) -> None:
     from glm_jax.scalar import init_scalar
     from glm_jax.train import init_state
     from rlhf.ppo import Models
-    from rlhf.ppo_loop import Inputs, Learners, make_iteration
+    from rlhf.ppo_iteration import Inputs, Learners, make_iteration
     from sharding.layout import Layout
 
     recipe, layout, tally = demo(), Layout(), Tally()

@@ -8,7 +8,7 @@ Everything else is configs/demo.py; compare ppo.reward_start of the two summarie
 import dataclasses
 from pathlib import Path
 
-from rlhf.cli import load_recipe
+from rlhf.recipe_file import load_recipe
 
 demo, _ = load_recipe(Path(__file__).with_name("demo.py"))
 config = dataclasses.replace(

@@ -8,7 +8,7 @@ Its metrics equal those of `--layout single --devices 1` up to rounding; its ans
 import dataclasses
 from pathlib import Path
 
-from rlhf.cli import load_recipe
+from rlhf.recipe_file import load_recipe
 
 demo, _ = load_recipe(Path(__file__).with_name("demo.py"))
 config = dataclasses.replace(

@@ -10,9 +10,9 @@ of held-out pairs where preferring the longer answer is in 78.9 %. Compare it wi
 import dataclasses
 from pathlib import Path
 
-from rlhf.cli import load_recipe
 from rlhf.data.files.files import FilesData
 from rlhf.data.mistakes import OnMistake
+from rlhf.recipe_file import load_recipe
 
 hh, _ = load_recipe(Path(__file__).with_name("reward_hh.py"))
 config = dataclasses.replace(

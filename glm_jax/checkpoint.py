@@ -4,6 +4,7 @@ A checkpoint is a directory:
 
     model.json   the shape, the head, the form it came in, its special tokens
     weights/     the Orbax tree of a CausalLM or a ScalarModel, its layers [1, layer, ...]
+    seal.json    a hash of every file, where a run wrote it
     hf/          what the original repository holds beside its weights: config.json, tokenizer files, ...
     hf/buffers/  its tensors that are no parameters
     import.json  a hash of every tensor that was read, where they were kept as they are
@@ -11,6 +12,7 @@ A checkpoint is a directory:
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ from glm_jax.weights import kept_layout, restack
 from sharding import checkpoint
 from sharding.disk.directory import write_json
 from sharding.disk.find import find_tensors
+from sharding.disk.seal import seal
 from sharding.errors import UserError
 from sharding.layout import Layout
 from sharding.processes import is_first, shared_directory
@@ -203,6 +206,21 @@ def save_model(
             card.write(partial_directory)
             (partial_directory / "hf").mkdir()
             save_tokenizer(partial_directory / "hf")
+            seal(partial_directory)
+
+
+def resave(directory: Path, layout: Layout, out: Path) -> None:
+    """Copy a checkpoint by way of the current mesh, so that its files are the shards of `layout`. Raises UserError."""
+    if out.exists():
+        raise UserError(f"{out} exists already: choose another name or remove it")
+    card = Card.read(directory)
+    load = load_scalar if card.head is Head.SCALAR else load_model
+    model = load(directory, layout, dtype="keep")
+
+    def copy_companions(hf: Path) -> None:
+        shutil.copytree(directory / "hf", hf, dirs_exist_ok=True)
+
+    save_model(model, layout, card, out, copy_companions)
 
 
 def _shapes(config: Config, head: Head, layout: Layout) -> CausalLM | ScalarModel:

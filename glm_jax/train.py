@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from glm_jax.batch import Sequences
+from glm_jax.keeper import NOTHING_KEPT, Keeper
 from glm_jax.loss import Count, cross_entropy, num_counted, token_logprobs
 from glm_jax.metrics import Metrics, Shares, combined, finished, neutral
 from glm_jax.model import CausalLM, apply_model
@@ -21,6 +22,7 @@ from sharding.layout import Layout
 # (model, rows, counts of the whole batch) -> (scalar, shares of metrics)
 LossFn = Callable[[Any, Any, Any], tuple[jax.Array, Shares]]
 Report = Callable[[int, Mapping[str, float], int], None]  # (step, metrics, tokens)
+Look = Callable[[int, Any], Mapping[str, float]]  # (step, model) -> more metrics of that step
 
 
 @partial(
@@ -64,7 +66,8 @@ def make_update(
 ) -> Update:
     """The jitted update (state, batch) -> (state, metrics); the state is donated.
 
-    Where the gradient is not finite the state comes back as it was: NaN never reaches the weights (`require_finite`).
+    Where the gradient is not finite the weights and the optimizer come back as they were: NaN never reaches them
+    (`require_finite`). The step counts all the same.
 
     Args:
         loss_fn: of some rows of a batch their share of its loss, so that the shares of all rows add up.
@@ -96,7 +99,8 @@ def make_update(
 
 
 def _kept_if(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    return jax.tree.map(lambda x, before: jnp.where(good, x, before), new, old)
+    kept: TrainState = jax.tree.map(lambda x, before: jnp.where(good, x, before), new, old)
+    return dataclasses.replace(kept, step=new.step)
 
 
 def require_finite(metrics: Mapping[str, float], where: str) -> None:
@@ -130,19 +134,26 @@ def train(
     num_steps: int,
     layout: Layout,
     report: Report,
+    keeper: Keeper = NOTHING_KEPT,
+    look: Look | None = None,
 ) -> TrainState:
-    """Run `num_steps` more updates over `batches` of host arrays, reporting every one.
+    """Run updates over `batches` of host arrays until `num_steps` are done, reporting every one.
 
-    Raises UserError at the first whose gradient is not finite.
+    What `look` sees in the model after an update is added to its metrics; then `keeper` may save the state. Raises
+    UserError at an update whose gradient is not finite, unless `keeper` says that it is to be skipped.
     """
-    done = int(state.step)
-    for step in range(done + 1, done + num_steps + 1):
+    for step in range(int(state.step) + 1, num_steps + 1):
         batch = layout.put(next(batches))
         tokens = num_tokens(batch)
         state, metrics = update(state, batch)
         figures = to_host(metrics)
-        require_finite(figures, f"update {step}")
-        report(step, figures, int(tokens))
+        if not math.isfinite(figures["grad_norm"]) and keeper.skip(step, state.model, batch):
+            figures = {"skipped": 1.0}
+        else:
+            require_finite(figures, f"update {step}")
+        seen = {} if look is None else look(step, state.model)
+        report(step, {**figures, **seen}, int(tokens))
+        keeper.keep(state, step)
     return state
 
 

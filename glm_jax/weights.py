@@ -20,6 +20,7 @@ from sharding.processes import fetch
 
 Axes = tuple[str | None, ...]
 Model = TypeVar("Model", bound=nnx.Module)
+Tree = TypeVar("Tree")
 
 # Parameter -> the logical axes of its dimensions, in every generation; those of layers without stage and slot.
 WEIGHT_AXES: Mapping[str, Axes] = {
@@ -165,6 +166,33 @@ def restack(model: Model, source: Layout, target: Layout, place: Layout | None =
         return jax.sharding.reshard(_resized(w, shape), place.spec(*axes))
 
     moved: Model = jax.tree_util.tree_map_with_path(move, model)
+    return moved
+
+
+def to_kept(tree: Tree, layout: Layout) -> Tree:
+    """A tree whose models - weights, and an optimizer's moments, which are cut like them - lie as `kept_layout` says.
+
+    Call under jax.jit, which makes a copy of everything.
+    """
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, nnx.Module):
+            return x
+        return restack(x, layout, kept_layout(layout, x.trunk.config))  # type: ignore[attr-defined]
+
+    moved: Tree = jax.tree.map(move, tree, is_leaf=lambda x: isinstance(x, nnx.Module))
+    return moved
+
+
+def from_kept(tree: Tree, layout: Layout) -> Tree:
+    """The other way round."""
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, nnx.Module):
+            return x
+        return restack(x, kept_layout(layout, x.trunk.config), layout)  # type: ignore[attr-defined]
+
+    moved: Tree = jax.tree.map(move, tree, is_leaf=lambda x: isinstance(x, nnx.Module))
     return moved
 
 

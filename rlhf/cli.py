@@ -4,28 +4,32 @@ import dataclasses
 import json
 import logging
 import os
-import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from rlhf import data_cli, layout_cli, model_cli, reward_cli
+from rlhf import checkpoint_cli, data_cli, layout_cli, model_cli, reward_cli
+from rlhf.recipe_file import load_recipe, override
 from sharding.errors import LostPeers, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from rlhf.outdir import Resume
+    from rlhf.progress import Progress
     from rlhf.recipe import Recipe, RewardRecipe
     from rlhf.runlog import RunLog
-    from sharding.processes import Processes
 
 DESCRIPTION = "Train the ChatGLM family with human feedback on a mesh of TPUs or GPUs, in JAX."
+
+# commands whose options are fields of a recipe -> how many words come before those
+WITH_RECIPE = {"run": 1, "doctor": 1, "replay": 2}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -37,8 +41,9 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     logging.getLogger("absl").setLevel(logging.ERROR)  # what Orbax warns of, no user can mend
     # the fields of a recipe are known only once its file is read: what follows the file is parsed then
-    has_recipe = len(args) > 1 and args[0] in ("run", "doctor") and not args[1].startswith("-")
-    command, options = (args[:2], args[2:]) if has_recipe else (args, [])
+    own = WITH_RECIPE.get(args[0], 0) if args else 0
+    has_recipe = own and len(args) > own and not args[1].startswith("-")
+    command, options = (args[: own + 1], args[own + 1 :]) if has_recipe else (args, [])
     try:
         command = [word for word in command if word != "--debug"]
         job = _commands(options).cli(prog="glm-jax", description=DESCRIPTION, args=command)
@@ -86,10 +91,25 @@ def _commands(options: list[str]) -> tyro.extras.SubcommandApp:
         """
         return partial(examine_recipe, recipe, options)
 
+    @app.command
+    def replay(
+        recipe: tyro.conf.Positional[Path], fault: tyro.conf.Positional[Path]
+    ) -> Callable[[], int]:
+        """Make an update again whose gradient was not finite, a row at a time, and name what is to blame.
+
+        Exit 1 where something is. Options after the folder override the recipe's fields, as with run.
+
+        Args:
+            recipe: The recipe of the run.
+            fault: A folder below faults/ of its output_dir, where the run stopped.
+        """
+        return partial(replay_fault, recipe, fault, options)
+
     model_cli.add_commands(app)
     layout_cli.add_commands(app)
     data_cli.add_commands(app)
     reward_cli.add_commands(app)
+    checkpoint_cli.add_commands(app)
     return app
 
 
@@ -99,12 +119,24 @@ def run_recipe(path: Path, options: Sequence[str]) -> None:
     Everything the run leaves behind is in `output_dir`. Raises UserError.
     """
     # here and not above: JAX and matplotlib are slow to import, and --help has no use for them
-    from rlhf.recipe import Recipe
-    from sharding.processes import peers_explained
+    from jax.errors import JaxRuntimeError
 
-    recipe = _started("run", path, options)
-    with peers_explained():
-        _run(recipe) if isinstance(recipe, Recipe) else _run_reward(recipe)
+    from rlhf.recipe import Recipe
+    from rlhf.stop import Stopped
+    from sharding.processes import is_first, peers_explained
+
+    recipe, how = _started("run", path, options)
+    try:
+        with peers_explained():
+            _run(recipe, how) if isinstance(recipe, Recipe) else _run_reward(recipe, how)
+    except Stopped as stopped:
+        if is_first():
+            print(f"glm-jax: stopped {stopped}; everything is saved, the same command goes on")
+    except JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"a device or its runtime failed ({reason}): the same command goes on from the last snapshot"
+        ) from error
 
 
 def examine_recipe(path: Path, options: Sequence[str]) -> int:
@@ -117,7 +149,7 @@ def examine_recipe(path: Path, options: Sequence[str]) -> int:
     from rlhf.runlog import RunLog
     from sharding.processes import on_first, peers_explained
 
-    recipe = _started("doctor", path, options)
+    recipe, _ = _started("doctor", path, options)
     if not isinstance(recipe, Recipe):
         raise UserError(f"{path}: a recipe of a reward model alone has no PPO to check")
     console = Console()
@@ -127,7 +159,24 @@ def examine_recipe(path: Path, options: Sequence[str]) -> int:
     return int(any(finding.status == "fail" for finding in findings.values()))
 
 
-def _started(command: str, path: Path, options: Sequence[str]) -> "Recipe | RewardRecipe":
+def replay_fault(path: Path, fault: Path, options: Sequence[str]) -> int:
+    """Print what in a kept update is not finite; 1 where something is. Raises UserError."""
+    from rlhf.replay import replay
+
+    recipe, _ = _started("replay", path, options)
+    found = replay(recipe, fault)
+    for name in found.weights:
+        print(f"weights: {name} holds what is no number")
+    for kind, number, loss, norm in found.rows:
+        print(f"{kind} {number}: loss {loss:g}, gradient norm {norm:g}")
+    if not found.weights and not found.rows:
+        print("every row by itself has a finite gradient: it is their sum, or another device")
+    return int(bool(found.weights or found.rows))
+
+
+def _started(
+    command: str, path: Path, options: Sequence[str]
+) -> "tuple[Recipe | RewardRecipe, Resume]":
     """The recipe with its fields overridden; devices and processes are there."""
     from rlhf.recipe import Recipe, RewardRecipe
     from sharding.host_memory import keep_freed_memory
@@ -140,21 +189,25 @@ def _started(command: str, path: Path, options: Sequence[str]) -> "Recipe | Rewa
             f"{path}: config is a {type(config).__name__}: make it a rlhf.recipe.Recipe or RewardRecipe"
         )
     prog = f"glm-jax {command} {path}"
-    recipe, processes = override(config, options, prog=prog, description=description)
+    recipe, processes, how = override(config, options, prog=prog, description=description)
     keep_freed_memory()
-    use_devices(recipe.devices, start(processes))
+    use_devices(recipe.devices, start(processes, preemptible=command == "run"))
     found: Recipe | RewardRecipe = recipe
-    return found
+    return found, how
 
 
-def _run(recipe: "Recipe") -> None:
+def _run(recipe: "Recipe", how: "Resume") -> None:
     from rlhf.recipe import check
     from rlhf.report import samples_table, summary_table, write_report
     from rlhf.run import run
     from sharding.processes import on_first
 
-    with _logged(recipe, check) as (log, console):
-        summary = run(recipe, log)
+    with _logged(recipe, check, how) as (log, progress, console):
+        if progress.done("evaluate") is None:
+            summary = run(recipe, log, progress)
+        else:
+            path = recipe.output_dir / "summary.json"
+            summary = json.loads(path.read_text(encoding="utf-8"))
 
     def conclude() -> None:
         report = write_report(recipe.output_dir)
@@ -167,17 +220,20 @@ def _run(recipe: "Recipe") -> None:
     on_first(conclude)
 
 
-def _run_reward(recipe: "RewardRecipe") -> None:
+def _run_reward(recipe: "RewardRecipe", how: "Resume") -> None:
     from rlhf.card.page import card_table
     from rlhf.recipe import check_reward
     from rlhf.reward_run import run_reward
     from sharding.processes import on_first
 
-    with _logged(recipe, check_reward) as (log, console):
-        card = run_reward(recipe, log)
+    card = None
+    with _logged(recipe, check_reward, how) as (log, progress, console):
+        if progress.done("reward") is None:
+            card = run_reward(recipe, log, progress)
 
     def conclude() -> None:
-        console.print(card_table(card))
+        if card is not None:
+            console.print(card_table(card))
         _tell(console, f"report card: {recipe.output_dir / 'card.html'}")
 
     on_first(conclude)
@@ -188,78 +244,45 @@ def _tell(console: "Console", line: str) -> None:
 
 
 @contextmanager
-def _logged(recipe: Any, check: Callable[[Any], object]) -> "Iterator[tuple[RunLog, Console]]":
-    """A log in a fresh output_dir, and the screen; every process of a run does this, only the first writes."""
+def _logged(
+    recipe: Any, check: Callable[[Any], object], how: "Resume"
+) -> "Iterator[tuple[RunLog, Progress, Console]]":
+    """The log of a run in its output_dir, how far it is, and the screen.
+
+    Every process of a run does this, only the first writes.
+    """
     from rich.console import Console
 
-    from rlhf.runlog import RunLog, fresh_directory
+    from rlhf.outdir import RECIPE_FILE, run_directory
+    from rlhf.progress import Journal, find
+    from rlhf.runlog import RunLog
+    from rlhf.stop import Stop
     from sharding.disk.directory import write_json
     from sharding.processes import check_shared, is_first, on_first, same_everywhere, together
 
     same_everywhere("the recipe", repr(recipe))
-    together(partial(check, recipe))  # before an earlier run is moved aside
+    together(partial(check, recipe))  # before an earlier run is touched
     directory, console = recipe.output_dir, Console()
-    on_first(partial(fresh_directory, directory, partial(_tell, console)))
-    check_shared(directory, "output_dir")
-    on_first(lambda: write_json(directory / "recipe.json", dataclasses.asdict(recipe)))
-    with RunLog(directory if is_first() else None, console) as log:
-        yield log, console
-
-
-def load_recipe(path: Path) -> tuple[Any, str]:
-    """The `config` of a recipe file, and the file's docstring. Raises UserError where there is none."""
-    if not path.is_file():
-        raise UserError(f"recipe {path}: no such file")
-    try:
-        names = runpy.run_path(str(path))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
-    except Exception as error:
-        line = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(path)
-        ]
-        where = f"{path}:{line[-1]}" if line else str(path)
-        raise UserError(f"{where}: {type(error).__name__}: {error} (--debug shows more)") from error
-    if "config" not in names:
-        raise UserError(f"{path}: no `config`: a recipe ends in `config = Recipe(...)`")
-    return names["config"], names["__doc__"] or ""
-
-
-def override(
-    config: Any, options: Sequence[str], prog: str, description: str
-) -> "tuple[Any, Processes]":
-    """`config`, a dataclass, with the fields that `options` name (`--ppo.kl.coef 0.1`) replaced.
-
-    The second is what `options` say of the processes of a run: no field, for each process has its own number.
-    Prints the help of every field and exits with 0 on --help; a field that does not exist exits with 2 and
-    names the nearest ones.
-    """
-    from sharding.processes import Processes
-
-    debug = tyro.conf.arg(help="Show the traceback of an error.")
-    bare = tyro.conf.arg(name="")
-    parser = dataclasses.make_dataclass(
-        "Options",
-        [
-            ("config", Annotated[type(config), bare]),
-            ("processes", tyro.conf.FlagCreatePairsOff[Annotated[Processes, bare]]),
-            ("debug", tyro.conf.FlagCreatePairsOff[Annotated[bool, debug]]),
-        ],
-    )
-    parsed: Any = tyro.cli(
-        parser,
-        default=parser(config=config, processes=Processes(), debug=False),
-        prog=prog,
-        description=description,
-        args=list(options),
-        # a field that may hold one of several dataclasses keeps the one that the recipe chose
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    return parsed.config, parsed.processes
+    tell = partial(_tell, console)
+    fields = dataclasses.asdict(recipe)
+    with ExitStack() as held:
+        stop = held.enter_context(Stop().listening())
+        opened = run_directory(directory, fields, how, tell)
+        resumed = on_first(lambda: held.enter_context(opened))
+        check_shared(directory, "output_dir")
+        found = find(directory, tell if is_first() else lambda _: None)
+        if how.resume_with_changes:
+            found = dataclasses.replace(found, digests={})
+        on_first(lambda: write_json(directory / RECIPE_FILE, fields))
+        if resumed:
+            tell(found.welcome)
+        log = RunLog(directory if is_first() else None, console, found.position)
+        held.enter_context(log)
+        yield (
+            log,
+            Journal(directory, found, recipe.saving, log.position, stop, recipe.max_skipped),
+            console,
+        )
 
 
 if __name__ == "__main__":

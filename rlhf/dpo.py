@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from glm_jax.batch import Pairs, Prompts, Sequences
 from glm_jax.generate import Generation, SamplingConfig
+from glm_jax.keeper import NOTHING_KEPT, Keeper
 from glm_jax.loss import token_logprobs
 from glm_jax.metrics import Shares
 from glm_jax.model import CausalLM, apply_model
@@ -73,6 +74,10 @@ class LabelledPairs(NamedTuple):
 
     pairs: Pairs
     ref_logp: Any  # np.ndarray or jax.Array, float32 [B, 2], chosen and rejected
+
+
+# what it consists of, without arrays
+PAIRS = LabelledPairs(Pairs(Sequences(0, 0, 0), Sequences(0, 0, 0)), 0)
 
 
 def answer_logprobs(model: CausalLM, sequences: Sequences, layout: Layout) -> Float[Array, " B"]:
@@ -184,12 +189,12 @@ def train_dpo(
     sft_batches: Iterator[Sequences],
     layout: Layout,
     report: Report,
+    keeper: Keeper = NOTHING_KEPT,
 ) -> CausalLM:
     """A copy of `model` after `config.steps` updates. Raises UserError on a batch that does not divide."""
     layout.check_batch(config.batch_size, "dpo.batch_size")
     optimizer = make_optimizer(config.optim, config.steps)
     update = dpo_update(config, optimizer, layout)
-    state = init_state(model, optimizer)
-    return train(
-        state, update, zip(pairs, sft_batches, strict=False), config.steps, layout, report
-    ).model
+    state = keeper.restore(partial(init_state, model, optimizer))
+    batches = zip(pairs, sft_batches, strict=False)
+    return train(state, update, batches, config.steps, layout, report, keeper).model

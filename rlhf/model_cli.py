@@ -173,7 +173,8 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
         return partial(_generate, model, prompt, raw, sampling, place)
 
 
-def _tell() -> "tuple[Console, Callable[[str], None]]":
+def screen() -> "tuple[Console, Callable[[str], None]]":
+    """The terminal, and what prints a line on it."""
     from rich.console import Console
 
     console = Console()
@@ -183,7 +184,7 @@ def _tell() -> "tuple[Console, Callable[[str], None]]":
 def _import(hf_dir: Path, out: Path, dtype: str, place: Place, stream: bool) -> None:
     from glm_jax.convert import import_hf
 
-    _, tell = _tell()
+    _, tell = screen()
     if stream:
         import_hf(hf_dir, out, dtype, None, tell)
         return
@@ -197,7 +198,7 @@ def _export(checkpoint: Path, hf_dir: Path, form: str | None, dtype: str, size: 
     from glm_jax.hf.config import form_named
     from sharding.disk.writer import parse_size
 
-    _, tell = _tell()
+    _, tell = screen()
     chosen = form_named(form, card_of(checkpoint).form) if form else None
     export_hf(checkpoint, hf_dir, chosen, dtype, parse_size(size), tell)
 
@@ -212,7 +213,7 @@ def _verify(directory: Path, place: Place, json: Path | None, manifest: bool) ->
     from sharding.disk.manifest import check_manifest
     from sharding.layout import get_layout, use_devices
 
-    console, tell = _tell()
+    console, tell = screen()
     checks: list[Check]
     if manifest:
         problems = check_manifest(directory)
@@ -270,7 +271,7 @@ def _inspect(directory: Path) -> int:
 
     from glm_jax.describe import describe
 
-    console, tell = _tell()
+    console, tell = screen()
     found = describe(directory)
     table = Table(show_header=False)
     table.add_row("family", found.form.value)
@@ -317,7 +318,7 @@ def _opened(model: Path, sampling: Sampling, place: Place) -> "Iterator[Chat]":
 def _chat(model: Path, system: str, sampling: Sampling, place: Place) -> None:
     from glm_jax.chat import HELP
 
-    _, tell = _tell()
+    _, tell = screen()
     with _opened(model, sampling, place) as chat:
         if system:
             chat.command(f"/system {system}")

@@ -1,9 +1,8 @@
-"""Iterations of PPO (arXiv 2404.00934, section 3): the programs of `rlhf.ppo`, each compiled once, and the loop."""
+"""The loop of PPO around its iterations, and what of it is saved on the way."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,225 +11,24 @@ import optax
 
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.generate import Generation
-from glm_jax.metrics import Metrics
+from glm_jax.keeper import NOTHING_KEPT, Keeper
 from glm_jax.model import CausalLM
 from glm_jax.optim import make_optimizer
-from glm_jax.sampler import Move, Sampler
+from glm_jax.sampler import Sampler
 from glm_jax.scalar import ScalarModel
-from glm_jax.train import (
-    Report,
-    TrainState,
-    Update,
-    init_state,
-    make_update,
-    num_tokens,
-    require_finite,
-    to_host,
+from glm_jax.train import Report, init_state, to_host
+from rlhf.ppo import Models, PPOConfig
+from rlhf.ppo_iteration import (
+    Inputs,
+    Iteration,
+    Learners,
+    Measure,
+    Midway,
+    RolledOut,
+    Step,
+    make_iteration,
 )
-from rlhf.kl import adapted
-from rlhf.ppo import (
-    ActorRows,
-    Experience,
-    Finite,
-    Models,
-    PPOConfig,
-    actor_counts,
-    actor_loss,
-    critic_counts,
-    critic_loss,
-    make_experience,
-    take_rows,
-)
-from rlhf.rollout import repeated
-from sharding.errors import UserError
 from sharding.layout import Layout
-from sharding.processes import fetch
-
-
-class Learners(NamedTuple):
-    """What an iteration changes."""
-
-    actor: TrainState
-    critic: TrainState | None
-    kl_coef: float
-
-
-class Inputs(NamedTuple):
-    """What an iteration works on; host arrays."""
-
-    prompts: Prompts  # B / samples rows
-    baseline: np.ndarray  # float32 [B / samples], the score of each prompt's reference answer, or 0
-    sft_batches: Iterator[Sequences]  # one is taken an update of the actor
-
-
-class RolledOut(NamedTuple):
-    """Answers of the policy as it is, and what is to be learnt from them."""
-
-    answers: Generation
-    experience: Experience
-    metrics: Metrics
-    measured: Mapping[str, float]  # on the host
-    moved: Move  # what it cost to bring the policy to the generation layout and back
-
-
-Measure = Callable[[np.ndarray, Generation], Mapping[str, float]]  # (rows of the prompts, answers)
-Updates = list[dict[str, jax.Array]]  # the metrics of every update of an iteration
-Step = Callable[[Learners, Models, Inputs, jax.Array, bool], tuple[Learners, dict[str, float], int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Iteration:
-    """The programs of one iteration, each compiled once, and what happens between them."""
-
-    config: PPOConfig
-    sample: Sampler
-    layout: Layout
-    experience_of: Callable[
-        [Models, Generation, jax.Array, np.float32], tuple[Experience, Metrics, Finite]
-    ]
-    update_actor: Update
-    update_critic: Update
-    measure: Measure | None = None
-
-    def __call__(
-        self,
-        learners: Learners,
-        models: Models,
-        inputs: Inputs,
-        key: jax.Array,
-        actor_learns: bool = True,
-    ) -> tuple[Learners, dict[str, float], int]:
-        """The learners after an iteration, its metrics, and the tokens of its answers.
-
-        Raises UserError where a model's output or a gradient is not a number; nothing was learnt from it then.
-        """
-        sample_key, shuffle_key = jax.random.split(key)
-        learners, rolled_out = self.roll_out(learners, models, inputs, sample_key)
-        learners, updates = self.learn(
-            learners, rolled_out.experience, inputs, shuffle_key, actor_learns
-        )
-        return self.concluded(learners, rolled_out, updates)
-
-    def roll_out(
-        self, learners: Learners, models: Models, inputs: Inputs, key: jax.Array
-    ) -> tuple[Learners, RolledOut]:
-        """Sample and score; the learners are the same ones, of which the actor was moved. Raises UserError on NaN."""
-        actor, samples, put = learners.actor, self.config.samples, self.layout.put
-        prompts, baseline = put(inputs.prompts), put(repeated(inputs.baseline, samples))
-        with self.sample.lend(actor.model) as loan:
-            answers = self.sample.draw(loan.policy, prompts, key, samples)
-        actor = dataclasses.replace(actor, model=loan.policy)
-        learners = learners._replace(actor=actor)
-        experience, metrics, finite = self.experience_of(
-            current_models(models, learners), answers, baseline, np.float32(learners.kl_coef)
-        )
-        require_numbers(fetch(finite))
-        rows = repeated(np.asarray(inputs.prompts.row), samples)
-        measured = self.measure(rows, answers) if self.measure is not None else {}
-        return learners, RolledOut(answers, experience, metrics, measured, loan.cost)
-
-    def learn(
-        self,
-        learners: Learners,
-        experience: Experience,
-        inputs: Inputs,
-        key: jax.Array,
-        actor_learns: bool,
-    ) -> tuple[Learners, Updates]:
-        """Epochs of minibatch updates, or fewer where the policy has gone far enough."""
-        actor, critic, kl_coef = learners
-        updates: Updates = []
-        for index in minibatches(key, self.config):
-            metrics: dict[str, jax.Array] = {}
-            if critic is not None:
-                critic, metrics = self.update_critic(critic, (experience, index))
-                metrics = {**metrics, "critic_grad_norm": metrics["grad_norm"]}
-            if actor_learns:
-                sft_batch = self.layout.put(next(inputs.sft_batches))
-                actor, actor_metrics = self.update_actor(actor, (experience, index, sft_batch))
-                metrics = {**metrics, **actor_metrics}
-            updates.append(metrics)
-            limit = self.config.stop_kl
-            if actor_learns and limit is not None and float(metrics["approx_kl"]) > limit:
-                break
-        return Learners(actor, critic, kl_coef), updates
-
-    def concluded(
-        self, learners: Learners, rolled_out: RolledOut, updates: Updates
-    ) -> tuple[Learners, dict[str, float], int]:
-        """What the iteration returns: figures are means over its updates, the KL coefficient is adapted."""
-        means = {name: jnp.mean(jnp.stack([x[name] for x in updates])) for name in updates[0]}
-        figures = to_host({**rolled_out.metrics, **means})
-        # of a NaN the mean is NaN, so that one look is enough
-        require_finite(figures, "ppo: an update")
-        if learners.critic is not None:
-            of_critic = {"loss": figures["value_loss"], "grad_norm": figures["critic_grad_norm"]}
-            require_finite(of_critic, "ppo: an update of the critic")
-        figures |= {"kl_coef": learners.kl_coef, "updates": float(len(updates))}
-        figures |= rolled_out.measured
-        moved, config = rolled_out.moved, self.config
-        if moved.num_bytes:
-            figures |= {"reshard_gb": moved.num_bytes / 1e9, "reshard_s": moved.seconds}
-        coef = adapted(learners.kl_coef, figures["kl"], config.kl, config.batch_size)
-        tokens = int(num_tokens(rolled_out.answers.sequences))
-        return learners._replace(kl_coef=coef), figures, tokens
-
-
-def current_models(models: Models, learners: Learners) -> Models:
-    """The models with the learners as they are."""
-    critic = None if learners.critic is None else learners.critic.model
-    return models._replace(actor=learners.actor.model, critic=critic)
-
-
-SOURCES = {
-    "score": "the reward model scores",
-    "reward": "the scores less their baselines of",
-    "actor": "the policy's log-probabilities of",
-    "reference": "the reference model's log-probabilities of",
-    "critic": "the critic's values of",
-}
-
-
-def require_numbers(finite: Finite) -> None:
-    """Raise UserError that names the model and the first answer where something is NaN or infinite; host arrays."""
-    for name, rows in finite._asdict().items():
-        if not rows.all():
-            bad = np.flatnonzero(~rows)
-            raise UserError(
-                f"ppo: {SOURCES[name]} {len(bad)} of {len(rows)} answers are not numbers (first: row {bad[0]} of the "
-                f"batch); nothing was learnt from this iteration. Look for NaN or infinity in the model's weights"
-            )
-
-
-def make_iteration(
-    config: PPOConfig,
-    optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
-    sample: Sampler,
-    stop_id: int,
-    layout: Layout,
-    measure: Measure | None = None,
-) -> Iteration:
-    """An iteration with these optimizers of actor and critic; what `measure` says of its answers is in its metrics."""
-
-    def actor_rows(batch: tuple[Experience, jax.Array, Sequences]) -> ActorRows:
-        experience, index, sft_batch = batch
-        return take_rows(experience, index), sft_batch
-
-    def critic_rows(batch: tuple[Experience, jax.Array]) -> Experience:
-        rows: Experience = take_rows(*batch)
-        return rows
-
-    actor = partial(actor_loss, config=config, layout=layout)
-    critic = partial(critic_loss, config=config, layout=layout)
-    return Iteration(
-        config,
-        sample,
-        layout,
-        jax.jit(partial(make_experience, config=config, stop_id=stop_id, layout=layout)),
-        make_update(actor, actor_counts, optimizers[0], layout, actor_rows),
-        make_update(critic, critic_counts, optimizers[1], layout, critic_rows),
-        measure,
-    )
 
 
 def train_ppo(
@@ -246,32 +44,113 @@ def train_ppo(
     report: Report,
     watched: Callable[[Iteration], Step] | None = None,
     measure: Measure | None = None,
+    keeper: Keeper = NOTHING_KEPT,
 ) -> tuple[CausalLM, ScalarModel | None]:
     """Actor and critic after `config.iterations` iterations; `baseline` holds r(x, y_ref) by prompt index (or 0).
 
     Batches of `prompts` have config.batch_size / config.samples rows. What `watched` makes of the iteration does the
-    first two in its place.
+    first two in its place. `keeper` hears of every iteration, and within those that are not watched of every update.
     """
     config.check(layout, sample.generation)
     updates = config.iterations * config.epochs * config.minibatches
     optimizers = (make_optimizer(config.actor, updates), make_optimizer(config.critic, updates))
     iterate = make_iteration(config, optimizers, sample, stop_id, layout, measure)
     closely = iterate if watched is None else watched(iterate)
-    critic = None if models.critic is None else init_state(models.critic, optimizers[1])
-    learners = Learners(init_state(models.actor, optimizers[0]), critic, config.kl.coef)
-    for number in range(1, config.iterations + 1):
-        batch = next(prompts)
-        inputs = Inputs(batch, baseline[np.asarray(batch.row)], sft_batches)
+    saves = _Saves(keeper, iterate, models, optimizers)
+    learners, midway = saves.restored()
+    for number in range(keeper.count + 1, config.iterations + 1):
         learns = number > config.critic_warmup
-        step = closely if number <= 2 else iterate
         stream = jax.random.fold_in(key, number)
-        learners, metrics, tokens = step(learners, models, inputs, stream, learns)
+        told = partial(saves.keep_midway, number)
+        if midway is not None:
+            done = iterate.finish(learners, midway, sft_batches, stream, learns, told)
+            midway = None
+        else:
+            batch = next(prompts)
+            inputs = Inputs(batch, baseline[np.asarray(batch.row)], sft_batches)
+            if watched is not None and number <= 2:
+                done = closely(learners, models, inputs, stream, learns)
+            else:
+                done = iterate(learners, models, inputs, stream, learns, told)
+        learners, metrics, tokens = done
         report(number, metrics, tokens)
+        saves.keep(number, learners)
     return learners.actor.model, None if learners.critic is None else learners.critic.model
 
 
-def minibatches(key: jax.Array, config: PPOConfig) -> Iterator[np.ndarray]:
-    """int32 row numbers of every minibatch of an iteration, reshuffled each epoch."""
-    for epoch in range(config.epochs):
-        order = jax.random.permutation(jax.random.fold_in(key, epoch), config.batch_size)
-        yield from np.split(np.asarray(order, np.int32), config.minibatches)
+class _Saves:
+    """What of PPO is saved: the learners, and within an iteration its experience and the updates that are done."""
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        iterate: Iteration,
+        models: Models,
+        optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    ) -> None:
+        self._keeper = keeper
+        self._iterate = iterate
+        self._models = models
+        self._optimizers = optimizers
+
+    def restored(self) -> tuple[Learners, Midway | None]:
+        """Where PPO begins, or goes on."""
+        facts = self._keeper.facts or {"kl_coef": self._iterate.config.kl.coef, "midway": None}
+        found = facts["midway"]
+        blank = None if found is None else self._blank(found["columns"])
+        arrays = self._keeper.restore(partial(self._begin, blank))
+        learners = Learners(arrays["actor"], arrays["critic"], facts["kl_coef"])
+        if found is None:
+            return learners, None
+        updates = [{name: jnp.float32(x) for name, x in u.items()} for u in found["updates"]]
+        rolled_out = RolledOut(None, arrays["experience"], found["figures"], found["tokens"])
+        return learners, Midway(rolled_out, updates)
+
+    def keep(self, number: int, learners: Learners) -> None:
+        """After iteration `number`."""
+        arrays = {"actor": learners.actor, "critic": learners.critic}
+        self._keeper.keep(arrays, number, {"kl_coef": learners.kl_coef, "midway": None})
+
+    def keep_midway(self, number: int, learners: Learners, midway: Midway) -> None:
+        """Within iteration `number`."""
+        rolled_out, updates = midway
+        experience = rolled_out.experience
+
+        def facts() -> dict[str, Any]:
+            found = {
+                "columns": experience.counts.shape[1],
+                "figures": rolled_out.figures,
+                "tokens": rolled_out.tokens,
+                "updates": [to_host(metrics) for metrics in updates],
+            }
+            return {"kl_coef": learners.kl_coef, "midway": found}
+
+        arrays = {"actor": learners.actor, "critic": learners.critic, "experience": experience}
+        self._keeper.keep(arrays, number - 1, facts, 1 + len(updates))
+
+    def _begin(self, blank: tuple[Generation, jax.Array] | None) -> dict[str, Any]:
+        """The arrays at the beginning; with `blank`, also an experience of such answers and baselines."""
+        models, optimizers = self._models, self._optimizers
+        critic = None if models.critic is None else init_state(models.critic, optimizers[1])
+        arrays: dict[str, Any] = {
+            "actor": init_state(models.actor, optimizers[0]),
+            "critic": critic,
+        }
+        if blank is not None:
+            arrays["experience"], _, _ = self._iterate.experience_of(
+                models, *blank, np.float32(0.0)
+            )
+        return arrays
+
+    def _blank(self, columns: int) -> tuple[Generation, jax.Array]:
+        """Answers and baselines in the shapes of an iteration."""
+        layout, count = self._iterate.layout, self._iterate.config.batch_size
+        shape = (count, columns)
+        empty = np.zeros(shape, bool)
+        answers = Generation(
+            Sequences(np.zeros(shape, np.int32), empty, empty),
+            np.zeros(shape, np.float32),
+            np.zeros(count, bool),
+        )
+        put: tuple[Generation, jax.Array] = layout.put((answers, np.zeros(count, np.float32)))
+        return put

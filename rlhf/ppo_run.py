@@ -22,13 +22,15 @@ from rlhf.data.records import Splits, prompt_text
 from rlhf.doctor.doctor import Doctor, setting_of
 from rlhf.evaluate import load_judge
 from rlhf.ppo import Models
-from rlhf.ppo_loop import Iteration, Measure, Step, train_ppo
+from rlhf.ppo_iteration import Iteration, Measure, Step
+from rlhf.ppo_loop import train_ppo
+from rlhf.progress import NOT_KEPT, Progress
 from rlhf.recipe import Recipe
 from rlhf.reference import References, draw_references
 from rlhf.reward_stage import JudgedData, judged_data, load_reward, reward_stage, summary_of
 from rlhf.rollout import prompt_batches
 from rlhf.runlog import RunLog
-from sharding.disk.directory import write_jsonl
+from rlhf.stored_references import read_references, write_references
 from sharding.layout import Layout
 from sharding.processes import fetch, on_first, together
 
@@ -52,13 +54,21 @@ class PPORun(BaseRun):
     recipe: Recipe
     samplers: dict[str, Sampler]  # by purpose; made once the model's shape is known
 
-    def __init__(self, recipe: Recipe, layout: Layout, generation: Layout, log: RunLog) -> None:
-        super().__init__(recipe, layout, log)
+    def __init__(
+        self,
+        recipe: Recipe,
+        layout: Layout,
+        generation: Layout,
+        log: RunLog,
+        progress: Progress = NOT_KEPT,
+    ) -> None:
+        super().__init__(recipe, layout, log, progress)
         self.generation = generation
 
     def load_data(self) -> None:
         """The splits of the recipe, read by its tokenizer."""
         recipe = self.recipe
+        self.require_same_models(pretrained=recipe.pretrained, reward_model=recipe.reward_model)
         judged = () if recipe.reward_model else ("preferences",)
         with self.log.stage("data"):
             splits = self.prepare("sft", *judged, "prompts")
@@ -105,14 +115,16 @@ class PPORun(BaseRun):
         if path is not None:
             load = partial(load_reward, path, self.tokenizer, self.data.texts, layout)
             return together(load), {"from": str(path)}
-        judged, seed = self.data.judged, self.recipe.seed
+        found = self.progress.done("reward")
+        if found is not None:
+            return self.saved_scalar("reward"), dict(found)
+        judged = self.data.judged
         assert judged is not None
-        with self.log.stage("reward", total=config.steps) as stage:
-            start = scalar_model(sft.trunk, layout, self.key("reward"))
-            model, card = reward_stage(start, config, judged, seed, layout, stage.step)
-            self.save("reward", model)
-            on_first(partial(write_card, card, self.directory / "reward"))
-            return model, summary_of(card)
+        model, card = reward_stage(self, sft.trunk, config, judged)
+        on_first(partial(write_card, card, self.directory / "reward"))
+        summary = summary_of(card)
+        self.progress.finish("reward", summary)
+        return model, summary
 
     def draw_references(self, sft: CausalLM, reward: ScalarModel) -> References | None:
         """Answers of the SFT model to the training prompts, kept beside the run's other data; None where not needed."""
@@ -123,6 +135,9 @@ class PPORun(BaseRun):
             return None
         sample = self.samplers["ppo"]
         batches = prompt_batches(prompts, config.batch_size, samples, sample)
+        path = self.directory / "references.jsonl"
+        if self.progress.done("references") is not None:
+            return together(partial(read_references, path))
         with self.log.stage("references", total=len(batches)) as stage:
             references = draw_references(
                 reward,
@@ -135,21 +150,11 @@ class PPORun(BaseRun):
                 self.tokenizer.eos_id,
                 self.key("reference answers"),
                 self.layout,
-                stage.step,
+                self.pausing("references", stage.step),
             )
         kept = set(references.selected(recipe.selection).tolist())
-        records = [
-            {
-                "prompt": text,
-                "reference": self.tokenizer.decode_answer(ids),
-                "scores": scores,
-                "kept": row in kept,
-            }
-            for row, (text, ids, scores) in enumerate(
-                zip(self.data.texts, references.answers, references.scores.tolist(), strict=True)
-            )
-        ]
-        on_first(lambda: write_jsonl(self.directory / "references.jsonl", records))
+        on_first(lambda: write_references(path, references, self.data.texts, kept, self.tokenizer))
+        self.progress.finish("references")
         return references
 
     def ppo_prompts(self, references: References | None) -> Prompts:
@@ -193,14 +198,25 @@ class PPORun(BaseRun):
 
     def train_ppo(self, sft: CausalLM, reward: ScalarModel) -> tuple[CausalLM, dict[str, float]]:
         """PPO from the SFT model; the critic, where there is one, starts from the SFT trunk."""
-        config, layout, seed = self.recipe.ppo, self.layout, self.recipe.seed
+        found = self.progress.done("ppo")
+        if found is not None:
+            return self.saved_model("ppo"), dict(found)
+        config, seed = self.recipe.ppo, self.recipe.seed
         references = self.draw_references(sft, reward)
         prompts = self.ppo_prompts(references)
         baseline = np.zeros(len(self.data.prompts.row), np.float32)
         if references is not None and config.reference_baseline:
             baseline = references.baseline
-        history: list[Mapping[str, float]] = []
-        with self.log.stage("ppo", total=config.iterations) as stage:
+        iterators = {
+            "prompts": shuffled(prompts, config.batch_size // config.samples, seed),
+            "sft": shuffled(self.data.sft, config.sft_batch_size, seed + 1),
+        }
+        history: list[Mapping[str, float]] = list(self.progress.history("ppo"))
+        every = self.recipe.saving.every_iterations
+        moments = (
+            2 + config.epochs * config.minibatches
+        )  # after the rollout, and after every update
+        with self.training("ppo", config.iterations, iterators, every, moments) as (stage, keeper):
             doctors: list[Doctor] = []
 
             def report(step: int, metrics: Mapping[str, float], tokens: int) -> None:
@@ -216,20 +232,20 @@ class PPORun(BaseRun):
                 doctors.append(Doctor(iterate, setting_of(config, self.tokenizer, dtype), True))
                 return doctors[0]
 
-            critic = self.new_critic(sft)
             actor, critic = train_ppo(
-                Models(actor=sft, critic=critic, reference=sft, reward=reward),
+                Models(actor=sft, critic=self.new_critic(sft), reference=sft, reward=reward),
                 config,
-                shuffled(prompts, config.batch_size // config.samples, seed),
-                shuffled(self.data.sft, config.sft_batch_size, seed + 1),
+                iterators["prompts"],
+                iterators["sft"],
                 baseline,
                 self.samplers["ppo"],
                 self.tokenizer.eos_id,
                 self.key("ppo"),
-                layout,
+                self.layout,
                 report,
                 watched,
                 self.measure(),
+                keeper,
             )
             self.save("ppo", actor)
             if (engine := self.samplers["ppo"].engine) is not None:
@@ -237,13 +253,15 @@ class PPORun(BaseRun):
             if critic is not None:
                 self.save("critic", critic)
         last = history[-max(1, len(history) // 10) :]
-        return actor, {
+        summary = {
             "kl": float(np.mean([m["kl"] for m in last])),
             "kl_exact": float(np.mean([m["kl_exact"] for m in last])),
             "reward_start": history[0]["reward"],
             "reward_start_se": history[0]["reward_se"],
             "reward_end": float(np.mean([m["reward"] for m in last])),
         }
+        self.progress.finish("ppo", summary)
+        return actor, summary
 
 
 def tokenized(splits: Splits, tokenizer: Tokenizer, recipe: Recipe) -> Data:

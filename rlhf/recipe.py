@@ -13,6 +13,7 @@ from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.dpo import DPOConfig
 from rlhf.evaluate import EvaluateConfig
 from rlhf.ppo import PPOConfig
+from rlhf.progress import SavingConfig
 from rlhf.reference import SelectionConfig
 from rlhf.reward import RewardConfig
 from rlhf.sft import SFTConfig
@@ -36,6 +37,9 @@ class BaseRecipe:
     pretrained: Path | None = None  # directory of a model to start from; None: random weights
     model: GLMConfig = GLMConfig(4096, 128, 4, 4, 2, 32, 352)  # shape without `pretrained`
     length: int = 64  # tokens of a training sequence, prompt and answer
+    # updates of SFT, reward model and DPO that are left out, as their gradient is not finite, before a stage stops
+    max_skipped: int = 0
+    saving: SavingConfig = SavingConfig()  # of what a run needs to go on after it was ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +71,13 @@ class RewardRecipe(BaseRecipe):
 
 def check_reward(recipe: RewardRecipe) -> Layout:
     """The recipe's layout on the devices there are. Raises UserError, before any work, for what cannot run."""
-    layout, _ = _training(recipe)
+    layout, _ = check_training(recipe)
     layout.check_batch(recipe.reward.batch_size, "reward.batch_size")
     return layout
 
 
-def _training(recipe: BaseRecipe) -> tuple[Layout, Config]:
-    """The layout of training, and the model's shape, which fits it."""
+def check_training(recipe: BaseRecipe) -> tuple[Layout, Config]:
+    """The layout of training, and the model's shape, which fits it. Raises UserError for what cannot run."""
     named = get_layout(recipe.layout, recipe.devices)
     layout = dataclasses.replace(named, accumulate=recipe.accumulate, remat=recipe.remat)
     layout.mesh()  # enough devices?
@@ -88,7 +92,7 @@ def check(recipe: Recipe) -> tuple[Layout, Layout]:
 
     Raises UserError, before any work, for what cannot run.
     """
-    layout, shape = _training(recipe)
+    layout, shape = check_training(recipe)
     generation = layout.for_generation()
     if recipe.generation_layout is not None:
         generation = get_layout(recipe.generation_layout, layout.num_devices).for_generation()

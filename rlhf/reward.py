@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from glm_jax.batch import Judged, Packed, Pairs, Sequences
+from glm_jax.keeper import NOTHING_KEPT, Keeper
 from glm_jax.metrics import Deviation, Metric, Shares
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.scalar import ScalarModel, apply_scalar, sequence_scores
@@ -110,6 +111,7 @@ def train_reward(
     layout: Layout,
     report: Report,
     evaluate: Evaluate | None = None,
+    keeper: Keeper = NOTHING_KEPT,
 ) -> ScalarModel:
     """A copy of `model` after `config.steps` updates; `evaluate` adds to the metrics of every `eval_every`-th one.
 
@@ -118,25 +120,15 @@ def train_reward(
     layout.check_batch(config.batch_size, "reward.batch_size")
     optimizer = make_optimizer(config.optim, config.steps)
     update = reward_update(config, optimizer, layout)
-    state = init_state(model, optimizer)
-    looks = evaluate if config.eval_every else None
-    every = config.eval_every if looks else config.steps
-    newest: list[tuple[int, Mapping[str, float], int]] = []  # until what is found after it is known
 
-    def tell(found: Mapping[str, float]) -> None:
-        for step, metrics, tokens in newest:
-            report(step, {**metrics, **found}, tokens)
-        newest.clear()
+    def look(step: int, model: ScalarModel) -> Mapping[str, float]:
+        if evaluate is None or not config.eval_every:
+            return {}
+        due = step % config.eval_every == 0 or step == config.steps
+        return evaluate(model) if due else {}
 
-    def told(step: int, metrics: Mapping[str, float], tokens: int) -> None:
-        tell({})
-        newest.append((step, metrics, tokens))
-
-    for start in range(0, config.steps, every):
-        count = min(every, config.steps - start)
-        state = train(state, update, batches, count, layout, told)
-        tell(looks(state.model) if looks else {})
-    return state.model
+    state = keeper.restore(partial(init_state, model, optimizer))
+    return train(state, update, batches, config.steps, layout, report, keeper, look).model
 
 
 class Heldout:

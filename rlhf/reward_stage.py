@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from glm_jax.batch import Judged
 from glm_jax.checkpoint import companion_directory, load_scalar
-from glm_jax.scalar import ScalarModel
+from glm_jax.scalar import ScalarModel, scalar_model
 from glm_jax.tokenizers import Tokenizer, load_tokenizer
-from glm_jax.train import Report
+from glm_jax.trunk import Trunk
+from rlhf.base_run import BaseRun
 from rlhf.card.card import Card, grade
 from rlhf.data.batches import in_order, shuffled
 from rlhf.data.pair_rows import TokenPair, judged_rows, packed_rows, token_pairs
@@ -48,24 +49,25 @@ def judged_data(
 
 
 def reward_stage(
-    start: ScalarModel,
-    config: RewardConfig,
-    data: JudgedData,
-    seed: int,
-    layout: Layout,
-    report: Report,
+    run: BaseRun, trunk: Trunk, config: RewardConfig, data: JudgedData
 ) -> tuple[ScalarModel, Card]:
-    """The trained model, and its report card on the held-out pairs."""
-    heldout = Heldout(in_order(data.heldout, config.batch_size), layout)
-    history: list[dict[str, Any]] = []
-
-    def told(step: int, metrics: Mapping[str, float], tokens: int) -> None:
-        history.append({"step": step, **metrics})
-        report(step, metrics, tokens)
-
+    """The trained model, also kept as the checkpoint `reward`, and its report card on the held-out pairs."""
+    layout, seed = run.layout, run.recipe.seed
     batches = shuffled(data.train, config.batch_size, seed)
-    model = train_reward(start, config, batches, layout, told, heldout)
-    return model, grade(scored(model, heldout, data.records, data.pairs), history, seed)
+    heldout = Heldout(in_order(data.heldout, config.batch_size), layout)
+    history: list[dict[str, Any]] = list(run.progress.history("reward"))
+    every = run.recipe.saving.every
+    with run.training("reward", config.steps, {"batches": batches}, every) as (stage, keeper):
+
+        def told(step: int, metrics: Mapping[str, float], tokens: int) -> None:
+            history.append({"step": step, **metrics})
+            stage.step(step, metrics, tokens)
+
+        start = scalar_model(trunk, layout, run.key("reward"))
+        model = train_reward(start, config, batches, layout, told, heldout, keeper)
+        card = grade(scored(model, heldout, data.records, data.pairs), history, seed)
+        run.save("reward", model)
+    return model, card
 
 
 def load_reward(

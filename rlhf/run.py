@@ -10,45 +10,57 @@ from glm_jax.convert import export_hf
 from glm_jax.model import CausalLM
 from glm_jax.scalar import ScalarModel
 from rlhf.data.batches import in_order, shuffled
-from rlhf.dpo import sample_pairs, train_dpo
+from rlhf.dpo import PAIRS, LabelledPairs, sample_pairs, train_dpo
 from rlhf.evaluate import Answers, answer, heldout_nll, load_judge, win_tie_lose
 from rlhf.ppo_run import PPORun
+from rlhf.progress import NOT_KEPT, Progress
 from rlhf.recipe import Recipe, check
 from rlhf.rollout import prompt_batches
 from rlhf.runlog import RunLog
 from rlhf.sft import train_sft
+from sharding.disk.arrays import read_arrays, write_arrays
 from sharding.disk.directory import write_json
 from sharding.layout import Layout
 from sharding.processes import on_first, together
 
 
-def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
-    """Run a recipe; returns what it writes to `summary.json`. Raises UserError for whatever the user can mend."""
+def run(recipe: Recipe, log: RunLog, progress: Progress = NOT_KEPT) -> dict[str, Any]:
+    """Run a recipe, or what `progress` says is left of it; returns what it writes to `summary.json`.
+
+    Raises UserError for whatever the user can mend, and Stopped where the run was asked to stop.
+    """
     layout, generation = check(recipe)
     with jax.set_mesh(layout.mesh()):
-        return Run(recipe, layout, generation, log).run()
+        return Run(recipe, layout, generation, log, progress).run()
 
 
 class Run(PPORun):
     """The stages of one run, in order; each leaves its checkpoint behind before the next begins."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, generation: Layout, log: RunLog) -> None:
-        super().__init__(recipe, layout, generation, log)
+    def __init__(
+        self,
+        recipe: Recipe,
+        layout: Layout,
+        generation: Layout,
+        log: RunLog,
+        progress: Progress = NOT_KEPT,
+    ) -> None:
+        super().__init__(recipe, layout, generation, log, progress)
         self.judge = together(partial(load_judge, recipe.evaluate.judge))
 
     def run(self) -> dict[str, Any]:
         """All stages; what `summary.json` says."""
         log = self.log
         self.load_data()
-        with log.stage("model"):
-            model = together(self.load_model)
-        self.samplers = self.make_samplers(model.trunk.config)
-        sft = self.train_sft(model)
+        sft = self.train_sft()
+        self.samplers = self.make_samplers(sft.trunk.config)
         reward, reward_summary = self.reward_model(sft)
         ppo, ppo_summary = self.train_ppo(sft, reward)
         dpo = self.train_dpo(sft, reward)
-        with log.stage("export"):
-            on_first(self.export)
+        if self.progress.done("export") is None:
+            with log.stage("export"):
+                on_first(self.export)
+            self.progress.finish("export")
         policies, samples = self.evaluate({"sft": sft, "ppo": ppo, "dpo": dpo})
         policies["ppo"] |= ppo_summary
         summary = {
@@ -60,6 +72,7 @@ class Run(PPORun):
         }
         on_first(lambda: write_json(self.directory / "samples.json", samples))
         on_first(lambda: write_json(self.directory / "summary.json", summary))
+        self.progress.finish("evaluate")
         return summary
 
     def export(self) -> None:
@@ -67,17 +80,47 @@ class Run(PPORun):
         policy = self.directory / "checkpoints" / "ppo"
         export_hf(policy, self.directory / "hf", None, "keep", None, self.log.note)
 
-    def train_sft(self, model: CausalLM) -> CausalLM:
-        """Supervised fine-tuning of the model."""
+    def train_sft(self) -> CausalLM:
+        """Supervised fine-tuning of the model that the run starts from."""
+        if self.progress.done("sft") is not None:
+            return self.saved_model("sft")
+        with self.log.stage("model"):
+            model = together(self.load_model)
         config = self.recipe.sft
-        with self.log.stage("sft", total=config.steps) as stage:
-            batches = shuffled(self.data.sft, config.batch_size, self.recipe.seed)
-            model = train_sft(model, config, batches, self.layout, stage.step)
+        batches = shuffled(self.data.sft, config.batch_size, self.recipe.seed)
+        every = self.recipe.saving.every
+        with self.training("sft", config.steps, {"batches": batches}, every) as (stage, keeper):
+            model = train_sft(model, config, batches, self.layout, stage.step, keeper)
             self.save("sft", model)
+        self.progress.finish("sft")
         return model
 
     def train_dpo(self, sft: CausalLM, reward: ScalarModel) -> CausalLM:
         """DPO from the SFT model, on its own answers labelled by the reward model."""
+        if self.progress.done("dpo") is not None:
+            return self.saved_model("dpo")
+        config, seed = self.recipe.dpo, self.recipe.seed
+        pairs = self.dpo_pairs(sft, reward)
+        iterators = {
+            "pairs": shuffled(pairs, config.batch_size, seed),
+            "sft": shuffled(self.data.sft, config.sft_batch_size, seed + 2),
+        }
+        with self.training("dpo", config.steps, iterators, self.recipe.saving.every) as (
+            stage,
+            keeper,
+        ):
+            model = train_dpo(
+                sft, config, iterators["pairs"], iterators["sft"], self.layout, stage.step, keeper
+            )
+            self.save("dpo", model)
+        self.progress.finish("dpo")
+        return model
+
+    def dpo_pairs(self, sft: CausalLM, reward: ScalarModel) -> LabelledPairs:
+        """Answers of the SFT model, labelled by the reward model; kept until DPO is done."""
+        path = self.directory / "dpo_pairs.npz"
+        if self.progress.done("dpo pairs") is not None:
+            return together(partial(read_arrays, path, PAIRS))
         config, layout = self.recipe.dpo, self.layout
         prompts = jax.tree.map(lambda x: x[: config.prompts], self.data.prompts)
         sample = self.samplers["dpo"]
@@ -92,19 +135,11 @@ class Run(PPORun):
                 self.tokenizer.eos_id,
                 self.key("dpo"),
                 layout,
-                stage.step,
+                self.pausing("dpo pairs", stage.step),
             )
-        with self.log.stage("dpo", total=config.steps) as stage:
-            model = train_dpo(
-                sft,
-                config,
-                shuffled(pairs, config.batch_size, self.recipe.seed),
-                shuffled(self.data.sft, config.sft_batch_size, self.recipe.seed + 2),
-                layout,
-                stage.step,
-            )
-            self.save("dpo", model)
-        return model
+        on_first(partial(write_arrays, path, pairs))
+        self.progress.finish("dpo pairs")
+        return pairs
 
     def evaluate(
         self, policies: Mapping[str, CausalLM]
@@ -129,7 +164,8 @@ class Run(PPORun):
                     compare = partial(win_tie_lose, margin=config.tie_margin)
                     figures[name] |= compare(sampled[name].judged, sampled["sft"].judged)
                     figures[name]["greedy"] |= compare(greedy.judged, greedy_sft.judged)
-                stage.step(stage.num_steps + 1, {"heldout_nll": nll, **sampled[name].summary})
+                told = {"heldout_nll": nll, **sampled[name].summary}
+                self.pausing("evaluate", stage.step)(stage.num_steps + 1, told, 0)
         samples = []
         for row, prompt in enumerate(data.heldout_texts[: config.num_samples]):
             sample: dict[str, Any] = {"prompt": prompt}

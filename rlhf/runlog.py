@@ -1,10 +1,12 @@
 """What a run tells while it goes: metrics on disk, TensorBoard events, progress on the screen."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,36 +29,15 @@ PLAIN_LINE_SECONDS = 10.0  # between two progress lines where the output is not 
 SHOWN_METRICS = {"loss": "loss", "accuracy": "acc", "reward": "reward", "kl": "KL"}
 
 
-def fresh_directory(path: Path, note: Callable[[str], None]) -> None:
-    """Make `path` an empty folder; an earlier run in it moves to the first free of `path.1`, `path.2`, ...
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How much of a log there is, so that one that goes on from there does not fork."""
 
-    `note` receives one line about the move. Raises UserError where `path` is a file, cannot be written, or
-    holds something other than a run.
-    """
-    advice = "choose another --output-dir"
-    try:
-        if path.exists() and not path.is_dir():
-            raise UserError(f"output_dir {path} is a file: {advice}")
-        if path.is_dir() and any(path.iterdir()):
-            if not (path / METRICS_FILE).exists():
-                raise UserError(f"output_dir {path} holds files that are no earlier run: {advice}")
-            if Path.cwd().is_relative_to(path.resolve()):
-                raise UserError(f"output_dir {path} is the folder you are in: {advice}")
-            aside = _first_free(path)
-            path.rename(aside)
-            note(f"kept the earlier run: {path} is now {aside}")
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir {path} cannot be made: {error.strerror}: {advice}") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir {path} is not writable: {advice}")
-
-
-def _first_free(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    return aside
+    metrics_bytes: int = 0  # of metrics.jsonl
+    elapsed_s: float = 0.0  # since the run began, without the time it did not run
+    wall_s: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by stage
+    tokens_per_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)  # steps by stage
 
 
 class Stage:
@@ -72,11 +53,13 @@ class Stage:
         total: int | None,
         record: Callable[[int, Mapping[str, float]], None],
         show: Callable[["Stage"], None],
+        before: int = 0,
     ) -> None:
         self.name = name
         self.total = total
         self.line = "starting"
-        self.num_steps = 0
+        self.num_steps = before  # those before the run went on from there included
+        self._before = before
         self.num_tokens = 0
         self.done = False
         self._record = record
@@ -93,7 +76,7 @@ class Stage:
         self._record(step, values)
         self.num_steps += 1
         self._last = time.monotonic()
-        if self.num_steps == 1:
+        if self.num_steps == self._before + 1:
             self._begin = self._last  # the first step compiles: speed counts from its end
         else:
             self.num_tokens += tokens
@@ -123,8 +106,9 @@ class Stage:
         parts = [f"{short} {value:.3g}" for short, value in shown]
         if self.tokens_per_s:
             parts.append(f"{self.tokens_per_s:,.0f} tok/s")
-        if self.total is not None and 1 < self.num_steps < self.total:
-            seconds = (self._last - self._begin) / (self.num_steps - 1)
+        timed = self.num_steps - self._before - 1
+        if self.total is not None and timed > 0 and self.num_steps < self.total:
+            seconds = (self._last - self._begin) / timed
             left = round(seconds * (self.total - self.num_steps))
             parts.append(f"{_minutes(left)} left")
         return " ".join(parts)
@@ -142,18 +126,34 @@ class RunLog:
         tokens_per_s: stage -> tokens/s of its steps, the first one (which compiles) left out.
     """
 
-    def __init__(self, output_dir: Path | None, console: Console | None = None) -> None:
-        """`output_dir` None: nothing is written or printed, as becomes a process that is not the first."""
-        silent = output_dir is None
+    def __init__(
+        self,
+        output_dir: Path | None,
+        console: Console | None = None,
+        position: Position = Position(),
+    ) -> None:
+        """`output_dir` None: nothing is written or printed, as becomes a process that is not the first.
+
+        What an earlier log has beyond `position` is cut off, in TensorBoard's events as well: those are written anew.
+        """
+        self._silent = silent = output_dir is None
         self.console = Console(quiet=silent) if silent or console is None else console
-        self.wall_s: dict[str, float] = {}
-        self.tokens_per_s: dict[str, float] = {}
-        self._begin = time.monotonic()
+        self.wall_s = dict(position.wall_s)
+        self.tokens_per_s = dict(position.tokens_per_s)
+        self._counts = dict(position.counts)
+        self._begin = time.monotonic() - position.elapsed_s
+        self._running: tuple[str, float] | None = None  # a stage, and when it began
         # line-buffered: a run that is killed keeps every step it made
         metrics = Path(os.devnull) if output_dir is None else output_dir / METRICS_FILE
         self._metrics = metrics.open("a", buffering=1, encoding="utf-8")
         events = "" if output_dir is None else str(output_dir / TENSORBOARD_FOLDER)
+        if output_dir is not None:
+            self._metrics.truncate(position.metrics_bytes)
+            shutil.rmtree(events, ignore_errors=True)
         self._events = SummaryWriter(events, flush_secs=10, write_to_disk=not silent)
+        if output_dir is not None:
+            for line in metrics.read_text(encoding="utf-8").splitlines():
+                self._show_event(json.loads(line))
 
     def __enter__(self) -> "RunLog":
         return self
@@ -175,17 +175,36 @@ class RunLog:
         """Print one line, above the progress bar where there is one."""
         self.console.print(escape(text), soft_wrap=True, highlight=False)
 
+    def position(self) -> Position:
+        """How much there is at the moment, on disk as well; nothing where nothing is written."""
+        if self._silent:
+            return Position()
+        wall_s = dict(self.wall_s)
+        if self._running is not None:
+            name, begin = self._running
+            wall_s[name] = wall_s.get(name, 0.0) + time.monotonic() - begin
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        elapsed = time.monotonic() - self._begin
+        size = os.fstat(self._metrics.fileno()).st_size
+        return Position(size, elapsed, wall_s, dict(self.tokens_per_s), dict(self._counts))
+
     @contextlib.contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
-        """Time a stage of `total` steps and show how it goes; `total` None: not known, or nothing to count."""
+    def stage(self, name: str, total: int | None = None, before: int = 0) -> Iterator[Stage]:
+        """Time a stage of `total` steps, `before` of which were made earlier, and show how it goes.
+
+        `total` None: not known, or nothing to count.
+        """
         live = self.console.is_terminal and not self.console.is_dumb_terminal
         begin = time.monotonic()
+        self._running = name, begin
         with self._bar(name, total) if live else self._plain_lines() as show:
-            stage = Stage(name, total, functools.partial(self._record, name), show)
+            stage = Stage(name, total, functools.partial(self._record, name), show, before)
             try:
                 yield stage
             finally:
                 seconds = time.monotonic() - begin
+                self._running = None
                 # += : a stage may come in several pieces
                 self.wall_s[name] = self.wall_s.get(name, 0.0) + seconds
                 if stage.tokens_per_s:
@@ -237,5 +256,12 @@ class RunLog:
         wall_s = round(time.monotonic() - self._begin, 3)
         line = {"stage": stage, "step": step, "wall_s": wall_s, **finite(values)}
         self._metrics.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(f"{stage}/{name}".replace(" ", "_"), value, step)
+        self._counts[stage] = step
+        self._show_event(line)
+
+    def _show_event(self, line: Mapping[str, Any]) -> None:
+        for name, value in line.items():
+            if name not in ("stage", "step", "wall_s"):
+                shown = math.nan if value is None else value
+                tag = f"{line['stage']}/{name}".replace(" ", "_")
+                self._events.add_scalar(tag, shown, line["step"])

@@ -7,6 +7,7 @@ from functools import partial
 import optax
 
 from glm_jax.batch import Sequences
+from glm_jax.keeper import NOTHING_KEPT, Keeper
 from glm_jax.model import CausalLM
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.train import Report, Update, init_state, language_loss, make_update, num_targets, train
@@ -28,11 +29,16 @@ def sft_update(optimizer: optax.GradientTransformation, layout: Layout) -> Updat
 
 
 def train_sft(
-    model: CausalLM, config: SFTConfig, batches: Iterator[Sequences], layout: Layout, report: Report
+    model: CausalLM,
+    config: SFTConfig,
+    batches: Iterator[Sequences],
+    layout: Layout,
+    report: Report,
+    keeper: Keeper = NOTHING_KEPT,
 ) -> CausalLM:
     """A copy of `model` after `config.steps` updates on `batches`. Raises UserError on a batch that does not divide."""
     layout.check_batch(config.batch_size, "sft.batch_size")
     optimizer = make_optimizer(config.optim, config.steps)
     update = sft_update(optimizer, layout)
-    state = init_state(model, optimizer)
-    return train(state, update, batches, config.steps, layout, report).model
+    state = keeper.restore(partial(init_state, model, optimizer))
+    return train(state, update, batches, config.steps, layout, report, keeper).model

@@ -44,10 +44,7 @@ def prepare(
     Raises:
         UserError: a file is missing or says what it should not; a split would be empty.
     """
-    builder: type[RecordsBuilder] = Files
-    for kind, special in ((ReviewsData, Reviews), (OracleData, Oracle)):
-        if isinstance(data, kind):
-            builder = special
+    builder = builder_of(data)
     root = directory / fingerprint(data, builder)
     notes: list[str] = []
     splits = functools.cache(lambda: require_examples(data.splits(notes.append), tables))
@@ -57,6 +54,13 @@ def prepare(
     for line in json.loads((root / NOTES).read_text("utf-8")) if (root / NOTES).exists() else ():
         tell(f"data: {line}")
     return Splits(**{name: found.get(name, Split((), ())) for name in RECORD_TYPES})
+
+
+def builder_of(data: ReviewsData | FilesData | PublicData | OracleData) -> type[RecordsBuilder]:
+    """What builds the tables of `data`."""
+    if isinstance(data, ReviewsData):
+        return Reviews
+    return Oracle if isinstance(data, OracleData) else Files
 
 
 def fingerprint(

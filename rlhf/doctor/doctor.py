@@ -13,7 +13,7 @@ from rlhf.doctor.checks import OF_ROLLOUT, OF_UPDATE
 from rlhf.doctor.evidence import Learnt, Setting, gather
 from rlhf.doctor.finding import Finding
 from rlhf.ppo import Models, PPOConfig
-from rlhf.ppo_loop import Inputs, Iteration, Learners, current_models, minibatches
+from rlhf.ppo_iteration import Inputs, Iteration, Learners, current_models, minibatches
 from sharding.errors import UserError
 from sharding.fingerprint import fingerprint
 
@@ -22,7 +22,7 @@ TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 0.25, "float16": 
 
 
 class Doctor:
-    """An iteration that is looked at while it goes; does what `rlhf.ppo_loop.Iteration` does, and finds out.
+    """An iteration that is looked at while it goes; does what `rlhf.ppo_iteration.Iteration` does, and finds out.
 
     Of several iterations a check keeps its worst finding. What it costs: once more through reward model and critic, and
     a second experience with the padding on the other side; no memory beyond an experience.
@@ -59,7 +59,7 @@ class Doctor:
             self._note(name, check(evidence))
         self._conclude()
         learners, updates = iterate.learn(
-            learners, rolled_out.experience, inputs, shuffle_key, actor_learns
+            learners, rolled_out.experience, inputs.sft_batches, shuffle_key, actor_learns
         )
         after = _prints(models, learners)
         learn = [name for name in ("actor", "critic") if name in after]

@@ -11,7 +11,7 @@ from glm_jax.batch import Sequences
 from glm_jax.generate import Generation
 from glm_jax.scalar import ScalarModel
 from rlhf.ppo import Experience, Models, PPOConfig
-from rlhf.ppo_loop import Inputs, Iteration, Learners, RolledOut, current_models
+from rlhf.ppo_iteration import Inputs, Iteration, Learners, RolledOut, current_models
 from rlhf.rollout import repeated
 from sharding.processes import fetch
 
@@ -95,7 +95,7 @@ def gather(
         answers=answers,
         baseline=baseline,
         experience=fetch(experience._replace(support=None)),
-        metrics={name: float(x) for name, x in fetch(rolled_out.metrics).items()},
+        metrics=rolled_out.figures,
         support_size=None if support is None else _aligned_sizes(fetch(_sizes(support))),
         scores=raw(current.reward)[np.arange(len(column)), column],
         values=None if current.critic is None else raw(current.critic)[:, :-1],

@@ -13,7 +13,7 @@ from rlhf.data.batches import shuffled
 from rlhf.doctor.doctor import Doctor, setting_of
 from rlhf.doctor.finding import Finding
 from rlhf.ppo import Models
-from rlhf.ppo_loop import Inputs, Learners, make_iteration
+from rlhf.ppo_iteration import Inputs, Learners, make_iteration
 from rlhf.ppo_run import PPORun
 from rlhf.recipe import Recipe, check
 from rlhf.reference import draw_references

@@ -13,7 +13,7 @@ from glm_jax.sampler import Sampler
 from glm_jax.train import TrainState, init_state
 from rlhf.kl import KLConfig
 from rlhf.ppo import Models, PPOConfig
-from rlhf.ppo_loop import Inputs, Iteration, Learners, make_iteration
+from rlhf.ppo_iteration import Inputs, Iteration, Learners, make_iteration
 from rlhf.trials.models import ANSWER, STOP_IDS, place_model, place_scorer, prompts, sequences
 from sharding.layout import Layout
 

@@ -24,8 +24,8 @@ from glm_jax.generate import SamplingConfig
 from glm_jax.model import init_model
 from glm_jax.sampler import Sampler
 from rlhf import certify
-from rlhf.cli import override
 from rlhf.data.batches import in_order, shuffled
+from rlhf.recipe_file import override
 from rlhf.trials.models import tiny
 from sharding.errors import UserError
 from sharding.layout import Layout, get_layout, use_devices
@@ -104,7 +104,7 @@ def fail() -> None:
 
 def main(out: Path, jobs: str, devices: int, options: list[str]) -> None:
     """Join the other processes and do the jobs."""
-    _, processes = override(CONFIG, options, prog="", description="")
+    _, processes, _ = override(CONFIG, options, prog="", description="")
     use_devices(devices, start(processes))
     for name in jobs.split(","):
         job, _, layout = name.partition(":")

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import pytest
 
-from rlhf.cli import load_recipe, main, override
+from rlhf.cli import main
+from rlhf.progress import Progress
 from rlhf.recipe import Recipe
+from rlhf.recipe_file import load_recipe, override
 from rlhf.runlog import RunLog
 from sharding.errors import UserError
 from sharding.layout import use_devices
@@ -39,7 +41,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """The recipes that came to be run; nothing is trained."""
     seen: list[Recipe] = []
 
-    def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
+    def run(recipe: Recipe, log: RunLog, progress: Progress) -> dict[str, Any]:
         seen.append(recipe)
         with log.stage("sft", total=1) as stage:
             stage.step(1, {"loss": 1.5})
@@ -77,12 +79,17 @@ def test_run_overrides_fields_and_reports(
     assert (out / "report.html").exists()
 
 
-def test_a_second_run_keeps_the_first(
+def test_a_second_run_goes_on_or_keeps_the_first(
     recipe: Path, tmp_path: Path, runs: list[Recipe], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--output-dir", str(tmp_path / "out")]
-    for seed in ("1", "2"):
-        assert main(["run", str(recipe), *options, "--seed", seed]) == 0
+    for _ in range(2):
+        assert main(["run", str(recipe), *options, "--seed", "1"]) == 0
+    assert "going on from the beginning" in capsys.readouterr().out
+    status, error = fail("run", str(recipe), *options, "--seed", "2", capsys=capsys)
+    assert (status, error.count("\n")) == (1, 1)
+    assert "holds a run of another recipe (seed: 1 -> 2)" in error
+    assert main(["run", str(recipe), *options, "--seed", "2", "--restart"]) == 0
     assert f"kept the earlier run: {tmp_path / 'out'} is now" in capsys.readouterr().out
     seeds = [
         json.loads((tmp_path / d / "recipe.json").read_text())["seed"] for d in ("out.1", "out")
@@ -172,13 +179,26 @@ def test_errors_are_one_line_unless_debug(
 def test_interrupted(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(recipe: Recipe, log: RunLog) -> dict[str, Any]:
+    def run(recipe: Recipe, log: RunLog, progress: Progress) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rlhf.recipe.check", lambda recipe: None)
     monkeypatch.setattr("rlhf.run.run", run)
     status, error = fail("run", str(recipe), capsys=capsys)
     assert (status, error.count("\n")) == (130, 1)
+
+
+def test_a_device_that_fails_is_one_line(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(recipe: Recipe, log: RunLog, progress: Progress) -> dict[str, Any]:
+        raise jax.errors.JaxRuntimeError("INTERNAL: the chip\nis gone")
+
+    monkeypatch.setattr("rlhf.recipe.check", lambda recipe: None)
+    monkeypatch.setattr("rlhf.run.run", run)
+    status, error = fail("run", str(recipe), capsys=capsys)
+    assert (status, error.count("\n")) == (1, 1)
+    assert "failed (INTERNAL: the chip is gone): the same command goes on from" in error
 
 
 def test_a_field_of_several_types_keeps_the_recipes_choice(tmp_path: Path) -> None:
@@ -188,7 +208,7 @@ def test_a_field_of_several_types_keeps_the_recipes_choice(tmp_path: Path) -> No
     )
     config, description = load_recipe(write_recipe(tmp_path, text))
     assert description == "What this recipe is for."
-    changed, _ = override(config, ["--data.sft", "d"], prog="glm-jax", description="")
+    changed, *_ = override(config, ["--data.sft", "d"], prog="glm-jax", description="")
     assert changed.data.sft == Path("d")
     assert changed.data.preferences == Path("b")
     assert type(changed) is Recipe
@@ -197,7 +217,7 @@ def test_a_field_of_several_types_keeps_the_recipes_choice(tmp_path: Path) -> No
 def test_devices_are_set_before_jax_counts_them(tmp_path: Path) -> None:
     text = (
         "import jax, sys\nfrom pathlib import Path\nimport rlhf.recipe, rlhf.run\nfrom rlhf.cli import main\n"
-        "def run(recipe, log):\n    print('devices', len(jax.devices()))\n    return {}\n"
+        "def run(recipe, log, progress):\n    print('devices', len(jax.devices()))\n    return {}\n"
         "rlhf.recipe.check = lambda recipe: None\nrlhf.run.run = run\nsys.exit(main())"
     )
     recipe = write_recipe(tmp_path, "config = Recipe()")

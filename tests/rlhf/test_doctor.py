@@ -17,7 +17,7 @@ import glm_jax.sampler
 import rlhf.advantages
 import rlhf.losses
 import rlhf.ppo
-import rlhf.ppo_loop
+import rlhf.ppo_iteration
 from glm_jax.batch import Sequences
 from glm_jax.config import PRESETS
 from glm_jax.generate import SamplingConfig
@@ -223,7 +223,7 @@ def _values_late(patch: Patch) -> None:
 def _answers_of_other_prompts(patch: Patch) -> None:
     """K samples are laid out one round of prompts after the other, and grouped as if they were not."""
     patch.setattr(
-        rlhf.ppo_loop,
+        rlhf.ppo_iteration,
         "repeated",
         lambda rows, count: jax.tree.map(lambda x: np.concatenate([np.asarray(x)] * count), rows),
     )
@@ -273,7 +273,7 @@ def _rows_mixed_up(patch: Patch) -> None:
         rows = take_rows(experience, index)
         return rows._replace(logp=rows.logp[::-1])
 
-    patch.setattr(rlhf.ppo_loop, "take_rows", mixed)
+    patch.setattr(rlhf.ppo_iteration, "take_rows", mixed)
 
 
 def _negative_kl(patch: Patch) -> None:
@@ -388,7 +388,7 @@ RECIPE = """
 import dataclasses
 from pathlib import Path
 
-from rlhf.cli import load_recipe
+from rlhf.recipe_file import load_recipe
 
 oracle, _ = load_recipe(Path({oracle!r}))
 config = dataclasses.replace(oracle, output_dir=Path({out!r}))

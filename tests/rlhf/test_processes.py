@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -219,19 +220,53 @@ def test_a_whole_run_writes_what_one_process_writes(recipe: Path) -> None:
         ):
             assert status == 0, text
             assert ("report: " in text) == (number == 0)
-        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        metrics.append([json.loads(line) for line in lines])
+        metrics.append(lines_of(out))
         files.append({str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()})
         assert json.loads((out / "summary.json").read_text())["processes"] == count
     # Orbax and TensorBoard put processes and times into the names of their files
     ours, theirs = ({f for f in names if not f.startswith(("c", "tens"))} for names in files)
     assert ours == theirs and "hf/model.safetensors" in ours and "report.html" in ours
-    single, double = metrics
-    for expected, told in zip(single, double, strict=True):
+    assert_same_metrics(*metrics)
+
+
+def assert_same_metrics(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    for expected, told in zip(ours, theirs, strict=True):
         assert (told.keys(), told["stage"]) == (expected.keys(), expected["stage"])
         for name, value in expected.items():
             if name not in ("stage", "wall_s", "drift"):
                 assert told[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (expected, name)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_and_one_goes_on(recipe: Path) -> None:
+    long = ["--sft.steps", "60"]
+    whole, stopped = recipe.parent / "whole", recipe.parent / "stopped"
+    ((status, text),) = ended([run(recipe, [*long, "--output-dir", str(whole)])])
+    assert status == 0, text
+    options = [*long, "--output-dir", str(stopped)]
+    processes = [run(recipe, [*options, *more]) for more in flags(2)]
+    wait_for_lines(stopped / "metrics.jsonl", 5, processes)
+    processes[1].terminate()
+    (first, told), (second, _) = ended(processes)
+    assert (first, second) == (0, 0), told
+    assert "stopped at sft " in told and "the same command goes on" in told
+    ((status, text),) = ended([run(recipe, options)])
+    assert status == 0, text
+    assert "going on from sft " in text
+    assert_same_metrics(lines_of(whole), lines_of(stopped))
+
+
+def lines_of(directory: Path) -> list[dict[str, Any]]:
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def wait_for_lines(metrics: Path, count: int, processes: Sequence[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or metrics.read_text().count("\n") < count:
+        assert all(process.poll() is None for process in processes), ended(processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_processes_that_were_started_unlike_each_other(recipe: Path) -> None:
@@ -269,13 +304,8 @@ def test_processes_that_do_not_come(recipe: Path) -> None:
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_dies_takes_the_others_along(killed: int, recipe: Path) -> None:
     processes = [run(recipe, [*more, "--sft.steps", "1000000"]) for more in flags(2)]
-    metrics = recipe.parent / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not metrics.exists() or metrics.read_text().count("\n") < 3:
-        assert all(process.poll() is None for process in processes), ended(processes)
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    processes[killed].terminate()
+    wait_for_lines(recipe.parent / "run" / "metrics.jsonl", 3, processes)
+    processes[killed].kill()
     begin = time.monotonic()
     status, text = ended(processes, seconds=200)[1 - killed]
     assert time.monotonic() - begin < 30

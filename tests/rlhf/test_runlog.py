@@ -12,7 +12,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from rlhf import runlog
-from rlhf.runlog import METRICS_FILE, RunLog, fresh_directory
+from rlhf.runlog import METRICS_FILE, RunLog
 from sharding.disk.directory import write_json
 from sharding.errors import UserError
 
@@ -108,6 +108,36 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     assert values == [(7, "dpo_pairs/loss", 0.5)]
 
 
+def test_a_log_that_goes_on_does_not_fork(tmp_path: Path) -> None:
+    with RunLog(tmp_path, plain_console()[0]) as log, log.stage("sft", total=4) as stage:
+        stage.step(1, {"loss": 3.0})
+        position = log.position()
+        stage.step(2, {"loss": 2.0})
+    assert position.counts == {"sft": 1}
+    with (
+        RunLog(tmp_path, plain_console()[0], position) as log,
+        log.stage("sft", total=4, before=1) as stage,
+    ):
+        assert stage.count == "1/4"
+        stage.step(2, {"loss": 1.5})
+        assert stage.count == "2/4"
+    assert [(line["step"], line["loss"]) for line in records(tmp_path)] == [(1, 3.0), (2, 1.5)]
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    values = [(e.step, v.simple_value) for e in read_events(path) for v in e.summary.value]
+    assert values == [(1, 3.0), (2, 1.5)]
+
+
+def test_a_clock_that_goes_back_changes_nothing_but_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    with RunLog(tmp_path, plain_console()[0]) as log, log.stage("sft", total=3) as stage:
+        for step in (1, 2, 3):
+            clock.now -= 50.0
+            stage.step(step, {"loss": 1.0}, tokens=10)
+    assert [line["step"] for line in records(tmp_path)] == [1, 2, 3]
+
+
 def read_events(path: Path) -> list[Event]:
     """TFRecord: length (8 bytes), its checksum (4), the event, its checksum (4)."""
     data, events = path.read_bytes(), []
@@ -147,40 +177,3 @@ def test_write_json_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="no space"):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text(encoding="utf-8"))["a"] == [1, None]
-
-
-def test_an_earlier_run_moves_aside(tmp_path: Path) -> None:
-    directory, notes = tmp_path / "runs" / "demo", list[str]()
-    fresh_directory(directory, notes.append)
-    fresh_directory(directory, notes.append)  # still empty: nothing to move
-    assert directory.is_dir()
-    assert not notes
-    for number in (1, 2):
-        (directory / METRICS_FILE).write_text(f"run {number}\n")
-        fresh_directory(directory, notes.append)
-        assert not any(directory.iterdir())
-        assert (tmp_path / f"runs/demo.{number}" / METRICS_FILE).read_text() == f"run {number}\n"
-        assert notes[-1] == f"kept the earlier run: {directory} is now {directory}.{number}"
-
-
-def test_folders_that_are_not_ours_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "thesis.tex").write_text("mine")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / METRICS_FILE).write_text("")
-    monkeypatch.chdir(tmp_path / "run")
-    for path, reason in {
-        tmp_path / "file": "is a file",
-        tmp_path / "file" / "below": "cannot be made: Not a directory",
-        tmp_path / "folder": "holds files that are no earlier run",
-        Path("."): "is the folder you are in",
-    }.items():
-        with pytest.raises(UserError, match=f"{reason}: choose another --output-dir"):
-            fresh_directory(path, print)
-    assert (tmp_path / "folder" / "thesis.tex").read_text() == "mine"
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(UserError, match="is not writable: choose another --output-dir"):
-        fresh_directory(tmp_path / "new", print)

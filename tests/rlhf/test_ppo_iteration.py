@@ -14,7 +14,7 @@ from glm_jax.generate import Generation, SamplingConfig
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.train import TrainState
 from rlhf.ppo import Models, PPOConfig
-from rlhf.ppo_loop import Iteration
+from rlhf.ppo_iteration import Iteration
 from rlhf.trials.models import ANSWER, tiny
 from rlhf.trials.ppo import PLAIN, SmallPPO, small_ppo
 from sharding.errors import UserError
@@ -101,9 +101,11 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(small: SmallPPO) -> No
     experience = rolled_out.experience
     nothing = jnp.nan * experience.advantages
     ill = experience._replace(advantages=nothing, returns=nothing)
-    learners, updates = small.iterate.learn(learners, ill, small.inputs(0), jax.random.key(1), True)
+    learners, updates = small.iterate.learn(
+        learners, ill, small.inputs(0).sft_batches, jax.random.key(1), True
+    )
     assert _weights(learners) == before
-    assert int(learners.actor.step) == 0
+    assert int(learners.actor.step) == 2  # they count, although nothing was learnt
     with pytest.raises(UserError, match="ppo: an update: the gradient is not finite"):
         small.iterate.concluded(learners, rolled_out, updates)
 

@@ -84,6 +84,7 @@ def _is_empty(path: Path) -> bool:
 def _is_barely_begun(path: Path) -> bool:
     """Whether a run that was killed at once has left no more than the names of its files."""
     names = {x.name.removeprefix(".").removesuffix(".tmp") for x in path.iterdir()}
+    names = {name for name in names if not name.startswith("shared-")}  # of `check_shared`
     metrics = path / METRICS_FILE
     nothing_told = not metrics.exists() or metrics.stat().st_size == 0
     return nothing_told and names <= {LOCK[1:], RECIPE_FILE, METRICS_FILE, TENSORBOARD_FOLDER}

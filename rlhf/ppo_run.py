@@ -34,6 +34,8 @@ from rlhf.stored_references import read_references, write_references
 from sharding.layout import Layout
 from sharding.processes import fetch, on_first, together
 
+MOMENTS = 10_000  # numbers of snapshots to an iteration: more than any has updates, whatever becomes of the recipe
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -137,7 +139,7 @@ class PPORun(BaseRun):
         batches = prompt_batches(prompts, config.batch_size, samples, sample)
         path = self.directory / "references.jsonl"
         if self.progress.done("references") is not None:
-            return together(partial(read_references, path))
+            return together(partial(read_references, path, self.data.texts))
         with self.log.stage("references", total=len(batches)) as stage:
             references = draw_references(
                 reward,
@@ -213,10 +215,7 @@ class PPORun(BaseRun):
         }
         history: list[Mapping[str, float]] = list(self.progress.history("ppo"))
         every = self.recipe.saving.every_iterations
-        moments = (
-            2 + config.epochs * config.minibatches
-        )  # after the rollout, and after every update
-        with self.training("ppo", config.iterations, iterators, every, moments) as (stage, keeper):
+        with self.training("ppo", config.iterations, iterators, every, MOMENTS) as (stage, keeper):
             doctors: list[Doctor] = []
 
             def report(step: int, metrics: Mapping[str, float], tokens: int) -> None:

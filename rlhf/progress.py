@@ -171,7 +171,7 @@ def _history(path: Path, num_bytes: int) -> dict[str, list[dict[str, float]]]:
         content = path.read_bytes()[:num_bytes]
         if len(content) < num_bytes:
             raise ValueError(f"{len(content):,} bytes instead of {num_bytes:,}")
-        for line in content.decode().splitlines():
+        for line in content.decode().split("\n")[:-1]:
             values = json.loads(line)
             del values["wall_s"]
             history.setdefault(values.pop("stage"), []).append(values)
@@ -204,7 +204,7 @@ class Journal(Progress):
         self._max_skipped = max_skipped
         self._finished = found.finished
         self._digests = dict(found.digests)
-        on_first(self._write)
+        on_first(self._tidy)
 
     def done(self, stage: str) -> Mapping[str, Any] | None:
         """See `Progress`."""
@@ -264,6 +264,11 @@ class Journal(Progress):
         """See `Progress`."""
         if self._stop.asked():
             raise Stopped(f"in {stage}, which begins anew")
+
+    def _tidy(self) -> None:
+        self._write()
+        for stage in self._stages:  # where a run was killed before it could
+            shutil.rmtree(self._folder / stage, ignore_errors=True)
 
     def _write(self) -> None:
         self._folder.mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """An update whose gradient was not finite, made once more: which of its rows, or which weights, are to blame."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import numpy as np
 
 from glm_jax.batch import Judged, Packed, Sequences
 from glm_jax.checkpoint import read_shape
+from glm_jax.config import Config
 from glm_jax.model import init_model
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.scalar import init_scalar
@@ -86,7 +88,10 @@ def _about(fault: Path) -> Mapping[str, Any]:
 
 
 def _model(recipe: Recipe | RewardRecipe, layout: Layout, fault: Path, scalar: bool) -> Any:
-    config = recipe.model if recipe.pretrained is None else read_shape(recipe.pretrained)
+    config: Config = recipe.model
+    if recipe.pretrained is not None:
+        dtype = recipe.model.compute_dtype
+        config = dataclasses.replace(read_shape(recipe.pretrained), compute_dtype=dtype)
     init = init_scalar if scalar else init_model
     begin = partial(init, config, layout, jax.random.key(0))
     like = jax.eval_shape(lambda: to_kept(begin(), layout))

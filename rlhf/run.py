@@ -1,5 +1,6 @@
 """The run of a recipe, from data to the exported policy."""
 
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -77,8 +78,12 @@ class Run(PPORun):
 
     def export(self) -> None:
         """The PPO policy as a Hugging Face directory."""
-        policy = self.directory / "checkpoints" / "ppo"
-        export_hf(policy, self.directory / "hf", None, "keep", None, self.log.note)
+        directory = self.directory / "hf"
+        if (
+            directory.exists()
+        ):  # of a run that was killed before it could note that it had got so far
+            shutil.rmtree(directory)
+        export_hf(self.checkpoint("ppo"), directory, None, "keep", None, self.log.note)
 
     def train_sft(self) -> CausalLM:
         """Supervised fine-tuning of the model that the run starts from."""

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from tensorboardX import SummaryWriter
 
-from sharding.disk.directory import finite
+from sharding.disk.directory import explained, finite
 from sharding.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -144,7 +144,7 @@ class RunLog:
         self._begin = time.monotonic() - position.elapsed_s
         self._running: tuple[str, float] | None = None  # a stage, and when it began
         # line-buffered: a run that is killed keeps every step it made
-        metrics = Path(os.devnull) if output_dir is None else output_dir / METRICS_FILE
+        self._path = metrics = Path(os.devnull) if output_dir is None else output_dir / METRICS_FILE
         self._metrics = metrics.open("a", buffering=1, encoding="utf-8")
         events = "" if output_dir is None else str(output_dir / TENSORBOARD_FOLDER)
         if output_dir is not None:
@@ -168,7 +168,8 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._metrics.close()
+        with explained(self._path):
+            self._metrics.close()
         self._events.close()
 
     def note(self, text: str) -> None:
@@ -183,8 +184,9 @@ class RunLog:
         if self._running is not None:
             name, begin = self._running
             wall_s[name] = wall_s.get(name, 0.0) + time.monotonic() - begin
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        with explained(self._path):
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
         elapsed = time.monotonic() - self._begin
         size = os.fstat(self._metrics.fileno()).st_size
         return Position(size, elapsed, wall_s, dict(self.tokens_per_s), dict(self._counts))
@@ -255,7 +257,8 @@ class RunLog:
     def _record(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         wall_s = round(time.monotonic() - self._begin, 3)
         line = {"stage": stage, "step": step, "wall_s": wall_s, **finite(values)}
-        self._metrics.write(json.dumps(line) + "\n")
+        with explained(self._path):
+            self._metrics.write(json.dumps(line) + "\n")
         self._counts[stage] = step
         self._show_event(line)
 

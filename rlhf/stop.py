@@ -17,7 +17,7 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Whether somebody asks this run to stop. A second signal ends the process at once."""
+    """Whether somebody asks this run to stop. A second signal ends a process that runs alone at once."""
 
     def __init__(self) -> None:
         self._signal: int | None = None
@@ -46,7 +46,8 @@ class Stop:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else _interrupt)
+        for heard in SIGNALS if jax.process_count() == 1 else SIGNALS[1:]:
+            signal.signal(heard, signal.SIG_DFL if heard == signal.SIGTERM else _interrupt)
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -30,11 +30,18 @@ def write_references(
     write_jsonl(path, records)
 
 
-def read_references(path: Path) -> References:
-    """What `write_references` wrote, to the bit. Raises UserError where it is damaged."""
+def read_references(path: Path, texts: list[str]) -> References:
+    """What `write_references` wrote, to the bit. Raises UserError where it is damaged, or of other prompts."""
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # str.splitlines would also cut where an answer has a separator of Unicode's
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        same = [line["prompt"] for line in lines] == texts
         scores = np.array([line["scores"] for line in lines], np.float32)
-        return References([line["ids"] for line in lines], scores)
+        references = References([line["ids"] for line in lines], scores)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}; --restart begins the run anew") from None
+    if not same:
+        raise UserError(
+            f"{path} has reference answers to other prompts than the recipe now asks for: --restart begins the run anew"
+        )
+    return references

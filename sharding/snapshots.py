@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from sharding.processes import on_first, told_by_first
 
 PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
 STATE, FACTS = "state", "facts"  # what a snapshot consists of: arrays, and what JSON can hold
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # whoever asks JAX must do so with numbers of one series, and those of snapshots are not the run's
+        return False
 
 
 class Snapshots:
@@ -37,7 +44,7 @@ class Snapshots:
             kept.append(managers.EveryNSteps(keep_every))
         on_first(self._clear)
         with checkpoint.writing(self.directory):
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.directory,
                 item_names=(STATE, FACTS),
                 item_handlers={STATE: checkpoint.handler(), FACTS: ocp.JsonCheckpointHandler()},
@@ -51,7 +58,8 @@ class Snapshots:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        with checkpoint.writing(self.directory):
+            self._manager.close()
 
     def save(self, step: int, tree: Any, facts: Mapping[str, Any]) -> None:
         """Copy `tree` and `facts` and return; the copy is written in the background, after the one before it.
@@ -61,7 +69,7 @@ class Snapshots:
         """
         with checkpoint.writing(self.directory):
             self._manager.wait_until_finished()
-            self._require_room(tree)
+            on_first(partial(self._require_room, tree))
             self._step = step
             state = checkpoint.save_args(tree)
             args = ocp.args.Composite(state=state, facts=ocp.args.JsonSave(dict(facts)))
@@ -116,8 +124,8 @@ class Snapshots:
 
     def _clear(self) -> None:
         # Orbax's own clearing goes on in the background
-        for partial in self.directory.glob(f"*{PARTIAL}*"):
-            shutil.rmtree(partial)
+        for unfinished in self.directory.glob(f"*{PARTIAL}*"):
+            shutil.rmtree(unfinished)
 
     def _require_room(self, tree: Any) -> None:
         # one line beforehand instead of what threads say that find the disk full; it may still become full meanwhile

@@ -80,7 +80,10 @@ def write_jsonl(path: Path, values: Iterable[Any]) -> None:
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with explained(path):
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave the new name without its contents
         os.replace(temporary, path)
 
 

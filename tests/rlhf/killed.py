@@ -29,6 +29,10 @@ PLACES: dict[str, tuple[Any, str]] = {
     "checkpoint": (sharding.checkpoint, "save"),
     "journal": (rlhf.progress, "write_json"),
     "export": (rlhf.run, "export_hf"),
+    "exported": (
+        rlhf.progress.Journal,
+        "finish",
+    ),  # what is exported has its name, but no stage is done yet
     "evaluate": (rlhf.run, "answer"),
 }
 

@@ -117,9 +117,10 @@ PLACES = {
     "checkpoint": (1, 0.1),
     "journal": (2, 0.01),
     "export": (1, 0.05),
+    "exported": (1, 0.0),
     "evaluate": (4, 0.3),
 }
-LATE = ("export", "evaluate")
+LATE = ("export", "exported", "evaluate")
 RUNS, KILLS = 7, 60
 
 
@@ -131,7 +132,7 @@ def test_a_run_killed_in_a_save_and_then_told_to_end_ends_in_the_same_bits(
     assert runs.kill(recipe.output_dir, cache, "commit", 1, 0.0)
     run = runs.start(recipe.output_dir, cache)
     deadline = time.monotonic() + 300
-    while not runs.metrics(recipe.output_dir):
+    while all(line["stage"] == "sft" for line in runs.metrics(recipe.output_dir)):
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     run.terminate()
@@ -158,7 +159,7 @@ def test_runs_killed_anywhere_end_in_the_same_bits(whole: Path, tmp_path: Path) 
         assert runs.bits(directory) == runs.bits(whole), (number, kills)
         shutil.rmtree(directory)
     assert kills.total() >= KILLS, kills
-    assert set(kills) == set(PLACES), kills
+    assert all(kills[place] for place in PLACES), kills
 
 
 @pytest.mark.slow

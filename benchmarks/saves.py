@@ -27,6 +27,7 @@ from glm_jax.train import TrainState, init_state
 from rlhf.progress import Journal, SavingConfig, find
 from rlhf.runlog import Position
 from rlhf.sft import sft_update
+from rlhf.stage_keeper import Training
 from rlhf.stop import Stop
 from sharding.host_memory import keep_freed_memory
 from sharding.layout import Layout, use_devices
@@ -71,7 +72,7 @@ def measure(millions: int, folder: Path) -> str:
 
     journal = Journal(folder, find(folder, print), SavingConfig(), Position, Stop())
     alone, during, waits = [], [], []
-    with journal.keeper("sft", layout, {}, 1) as keeper:
+    with journal.keeper(Training("sft", {}, 1), layout) as keeper:
         state, _ = step(state)
         keeper.keep(state, 1)  # compiles the copy
         keeper.snapshots.wait()
@@ -93,7 +94,7 @@ def measure(millions: int, folder: Path) -> str:
     found = find(folder, print)
     checked = time.perf_counter() - begun
     journal = Journal(folder, found, SavingConfig(), Position, Stop())
-    with journal.keeper("sft", layout, {}, 1) as keeper:
+    with journal.keeper(Training("sft", {}, 1), layout) as keeper:
         begun = time.perf_counter()
         restored = jax.block_until_ready(keeper.restore(begin))
         seconds = time.perf_counter() - begun

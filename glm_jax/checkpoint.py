@@ -29,7 +29,7 @@ from glm_jax.hf.tables import check_tensors
 from glm_jax.hf.tensors import Source, check_biases, load_weights
 from glm_jax.model import CausalLM
 from glm_jax.scalar import INIT, ScalarModel, head_of
-from glm_jax.weights import kept_layout, restack
+from glm_jax.weights import from_kept, kept_layout, to_kept
 from sharding import checkpoint
 from sharding.disk.directory import write_json
 from sharding.disk.find import find_tensors
@@ -182,7 +182,7 @@ def _load(directory: Path, head: Head, layout: Layout, compute_dtype: str, dtype
 
     like = jax.tree_util.tree_map_with_path(typed, _shapes(config, head, flat))
     model = checkpoint.restore(directory / "weights", like)
-    return jax.jit(partial(restack, source=flat, target=layout), donate_argnums=0)(model)
+    return jax.jit(partial(from_kept, layout=layout), donate_argnums=0)(model)
 
 
 def save_model(
@@ -198,8 +198,7 @@ def save_model(
     Every process of a run must call it, with a directory that all of them share.
     """
     card = dataclasses.replace(card, head=head_of(model))
-    flat = kept_layout(layout, model.trunk.config)
-    model = jax.jit(partial(restack, source=layout, target=flat))(model)
+    model = jax.jit(partial(to_kept, layout=layout))(model)
     with shared_directory(directory, replace=True) as partial_directory:
         checkpoint.save(partial_directory / "weights", model)
         if is_first():

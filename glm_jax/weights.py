@@ -4,7 +4,7 @@ Layers stand in slots [stage, slot, ...] (`sharding.pipeline.layer_slots`). Slot
 vocabulary beyond its end, hold 0; no gradient reaches them, and nothing that is written to disk has them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -172,28 +172,27 @@ def restack(model: Model, source: Layout, target: Layout, place: Layout | None =
 def to_kept(tree: Tree, layout: Layout) -> Tree:
     """A tree whose models - weights, and an optimizer's moments, which are cut like them - lie as `kept_layout` says.
 
-    Call under jax.jit, which makes a copy of everything.
+    Call under jax.jit.
     """
-
-    def move(x: Any) -> Any:
-        if not isinstance(x, nnx.Module):
-            return x
-        return restack(x, layout, kept_layout(layout, x.trunk.config))  # type: ignore[attr-defined]
-
-    moved: Tree = jax.tree.map(move, tree, is_leaf=lambda x: isinstance(x, nnx.Module))
-    return moved
+    return _of_models(tree, lambda x, kept: restack(x, layout, kept), layout)
 
 
 def from_kept(tree: Tree, layout: Layout) -> Tree:
     """The other way round."""
+    return _of_models(tree, lambda x, kept: restack(x, kept, layout), layout)
 
-    def move(x: Any) -> Any:
-        if not isinstance(x, nnx.Module):
-            return x
-        return restack(x, kept_layout(layout, x.trunk.config), layout)  # type: ignore[attr-defined]
 
-    moved: Tree = jax.tree.map(move, tree, is_leaf=lambda x: isinstance(x, nnx.Module))
-    return moved
+def _of_models(
+    tree: Tree, move: Callable[[nnx.Module, Layout], nnx.Module], layout: Layout
+) -> Tree:
+    def is_model(x: Any) -> bool:
+        return isinstance(x, nnx.Module)
+
+    def moved(x: Any) -> Any:
+        return move(x, kept_layout(layout, x.trunk.config)) if is_model(x) else x
+
+    found: Tree = jax.tree.map(moved, tree, is_leaf=is_model)
+    return found
 
 
 def host_weights(model: nnx.Module, layout: Layout) -> dict[str, np.ndarray]:

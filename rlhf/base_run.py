@@ -28,7 +28,7 @@ from rlhf.data.records import Splits
 from rlhf.progress import NOT_KEPT, Progress
 from rlhf.recipe import BaseRecipe
 from rlhf.runlog import RunLog, Stage
-from rlhf.stage_keeper import Iterates
+from rlhf.stage_keeper import Training
 from sharding.disk.seal import broken, digest
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -54,18 +54,11 @@ class BaseRun:
         return jax.random.fold_in(jax.random.key(self.recipe.seed), zlib.crc32(purpose.encode()))
 
     @contextlib.contextmanager
-    def training(
-        self,
-        name: str,
-        total: int,
-        iterators: Mapping[str, Iterates],
-        every: int,
-        stride: int = 1,
-    ) -> Iterator[tuple[Stage, Keeper]]:
-        """A stage of `total` steps that goes on from where it was saved (`Progress.keeper`)."""
+    def train(self, training: Training, total: int) -> Iterator[tuple[Stage, Keeper]]:
+        """A stage of `total` steps that goes on from where it was saved."""
         with (
-            self.progress.keeper(name, self.layout, iterators, every, stride) as keeper,
-            self.log.stage(name, total=total, before=keeper.count) as stage,
+            self.progress.keeper(training, self.layout) as keeper,
+            self.log.stage(training.name, total=total, before=keeper.count) as stage,
         ):
             yield stage, keeper
 

@@ -1,6 +1,7 @@
 """A run of a recipe as far as PPO: its data, samplers, reward model, references and PPO itself."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from rlhf.card.page import write_card
 from rlhf.data.batches import prompt_rows, sft_rows, shuffled
 from rlhf.data.records import Splits, prompt_text
 from rlhf.doctor.doctor import Doctor, setting_of
-from rlhf.evaluate import load_judge
+from rlhf.evaluate import Judge, load_judge
 from rlhf.ppo import Models
 from rlhf.ppo_iteration import Iteration, Measure, Step
 from rlhf.ppo_loop import train_ppo
@@ -30,6 +31,7 @@ from rlhf.reference import References, draw_references
 from rlhf.reward_stage import JudgedData, judged_data, load_reward, reward_stage, summary_of
 from rlhf.rollout import prompt_batches
 from rlhf.runlog import RunLog
+from rlhf.stage_keeper import Training
 from rlhf.stored_references import read_references, write_references
 from sharding.layout import Layout
 from sharding.processes import fetch, on_first, together
@@ -66,6 +68,11 @@ class PPORun(BaseRun):
     ) -> None:
         super().__init__(recipe, layout, log, progress)
         self.generation = generation
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        """What compares answers, loaded when it is first asked for. Raises UserError where its package is missing."""
+        return together(partial(load_judge, self.recipe.evaluate.judge))
 
     def load_data(self) -> None:
         """The splits of the recipe, read by its tokenizer."""
@@ -186,7 +193,7 @@ class PPORun(BaseRun):
         """The judge's mean of an iteration's answers, where the recipe asks for it."""
         if not self.recipe.evaluate.rollouts:
             return None
-        judge = together(partial(load_judge, self.recipe.evaluate.judge))
+        judge = self.judge
 
         def judged(rows: np.ndarray, answers: Generation) -> Mapping[str, float]:
             ids, _, target = fetch(answers.sequences)
@@ -214,8 +221,8 @@ class PPORun(BaseRun):
             "sft": shuffled(self.data.sft, config.sft_batch_size, seed + 1),
         }
         history: list[Mapping[str, float]] = list(self.progress.history("ppo"))
-        every = self.recipe.saving.every_iterations
-        with self.training("ppo", config.iterations, iterators, every, MOMENTS) as (stage, keeper):
+        training = Training("ppo", iterators, self.recipe.saving.every_iterations, MOMENTS)
+        with self.train(training, config.iterations) as (stage, keeper):
             doctors: list[Doctor] = []
 
             def report(step: int, metrics: Mapping[str, float], tokens: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from glm_jax.keeper import NOTHING_KEPT, Keeper
 from rlhf.runlog import METRICS_FILE, Position
-from rlhf.stage_keeper import Iterates, StageKeeper
+from rlhf.stage_keeper import StageKeeper, Training
 from rlhf.stop import Stop, Stopped
 from sharding.disk.directory import write_json
 from sharding.errors import UserError
@@ -65,18 +65,8 @@ class Progress:
         """The metrics of a stage's steps before the run went on from there, each with its "step"."""
         return []
 
-    def keeper(
-        self,
-        stage: str,
-        layout: Layout,
-        iterators: Mapping[str, Iterates],
-        every: int,
-        stride: int = 1,
-    ) -> Keeper:
-        """What saves a stage after every `every`-th update or iteration; use it in `with`.
-
-        `stride` is the number of moments in one of them at which it can go on.
-        """
+    def keeper(self, training: Training, layout: Layout) -> Keeper:
+        """What saves a stage on its way; use it in `with`."""
         return NOTHING_KEPT
 
     def finish(self, stage: str, found: Mapping[str, Any] | None = None) -> None:
@@ -214,26 +204,15 @@ class Journal(Progress):
         """See `Progress`."""
         return list(self._found.history.get(stage, ()))
 
-    def keeper(
-        self,
-        stage: str,
-        layout: Layout,
-        iterators: Mapping[str, Iterates],
-        every: int,
-        stride: int = 1,
-    ) -> StageKeeper:
+    def keeper(self, training: Training, layout: Layout) -> StageKeeper:
         """See `Progress`."""
-        keep_every = self._saving.keep_every and self._saving.keep_every * stride
-        snapshots = Snapshots(self._folder / stage, self._saving.keep_last, keep_every)
-        step = self._found.step if stage == self._found.stage else None
+        keep_every = self._saving.keep_every and self._saving.keep_every * training.stride
+        folder = self._folder / training.name
         return StageKeeper(
-            stage,
-            snapshots,
-            step,
+            training,
+            Snapshots(folder, self._saving.keep_last, keep_every),
+            self._found.step if training.name == self._found.stage else None,
             layout,
-            iterators,
-            every,
-            stride,
             self._position,
             self._stop,
             self._max_skipped,

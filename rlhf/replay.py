@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from glm_jax.batch import Judged, Packed, Sequences
-from glm_jax.checkpoint import read_shape
 from glm_jax.config import Config
 from glm_jax.model import init_model
 from glm_jax.optim import OptimConfig, make_optimizer
@@ -55,10 +54,11 @@ def replay(recipe: Recipe | RewardRecipe, fault: Path) -> Replayed:
     Raises UserError where `fault` holds none, or one of another recipe.
     """
     about = _about(fault)
-    layout, _ = check_training(recipe)
+    layout, shape = check_training(recipe)
+    config = dataclasses.replace(shape, compute_dtype=recipe.model.compute_dtype)
     optimizer = make_optimizer(OptimConfig(), 1)
     with jax.set_mesh(layout.mesh()):
-        model = _model(recipe, layout, fault, scalar=about["stage"] == "reward")
+        model = _model(config, layout, fault, scalar=about["stage"] == "reward")
         weights = [
             jax.tree_util.keystr(path).strip(".")
             for path, x in jax.tree_util.tree_leaves_with_path(model)
@@ -87,11 +87,7 @@ def _about(fault: Path) -> Mapping[str, Any]:
     return found
 
 
-def _model(recipe: Recipe | RewardRecipe, layout: Layout, fault: Path, scalar: bool) -> Any:
-    config: Config = recipe.model
-    if recipe.pretrained is not None:
-        dtype = recipe.model.compute_dtype
-        config = dataclasses.replace(read_shape(recipe.pretrained), compute_dtype=dtype)
+def _model(config: Config, layout: Layout, fault: Path, scalar: bool) -> Any:
     init = init_scalar if scalar else init_model
     begin = partial(init, config, layout, jax.random.key(0))
     like = jax.eval_shape(lambda: to_kept(begin(), layout))

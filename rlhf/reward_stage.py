@@ -16,6 +16,7 @@ from rlhf.data.pair_rows import TokenPair, judged_rows, packed_rows, token_pairs
 from rlhf.data.records import Preference, Split
 from rlhf.reward import Batch, Heldout, RewardConfig, train_reward
 from rlhf.scoring import scored
+from rlhf.stage_keeper import Training
 from sharding.errors import UserError
 from sharding.layout import Layout
 
@@ -56,8 +57,8 @@ def reward_stage(
     batches = shuffled(data.train, config.batch_size, seed)
     heldout = Heldout(in_order(data.heldout, config.batch_size), layout)
     history: list[dict[str, Any]] = list(run.progress.history("reward"))
-    every = run.recipe.saving.every
-    with run.training("reward", config.steps, {"batches": batches}, every) as (stage, keeper):
+    training = Training("reward", {"batches": batches}, run.recipe.saving.every)
+    with run.train(training, config.steps) as (stage, keeper):
 
         def told(step: int, metrics: Mapping[str, float], tokens: int) -> None:
             history.append({"step": step, **metrics})

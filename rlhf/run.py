@@ -12,16 +12,16 @@ from glm_jax.model import CausalLM
 from glm_jax.scalar import ScalarModel
 from rlhf.data.batches import in_order, shuffled
 from rlhf.dpo import PAIRS, LabelledPairs, sample_pairs, train_dpo
-from rlhf.evaluate import Answers, answer, heldout_nll, load_judge, win_tie_lose
+from rlhf.evaluate import Answers, answer, heldout_nll, win_tie_lose
 from rlhf.ppo_run import PPORun
 from rlhf.progress import NOT_KEPT, Progress
 from rlhf.recipe import Recipe, check
 from rlhf.rollout import prompt_batches
 from rlhf.runlog import RunLog
 from rlhf.sft import train_sft
+from rlhf.stage_keeper import Training
 from sharding.disk.arrays import read_arrays, write_arrays
 from sharding.disk.directory import write_json
-from sharding.layout import Layout
 from sharding.processes import on_first, together
 
 
@@ -38,20 +38,9 @@ def run(recipe: Recipe, log: RunLog, progress: Progress = NOT_KEPT) -> dict[str,
 class Run(PPORun):
     """The stages of one run, in order; each leaves its checkpoint behind before the next begins."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        layout: Layout,
-        generation: Layout,
-        log: RunLog,
-        progress: Progress = NOT_KEPT,
-    ) -> None:
-        super().__init__(recipe, layout, generation, log, progress)
-        self.judge = together(partial(load_judge, recipe.evaluate.judge))
-
     def run(self) -> dict[str, Any]:
         """All stages; what `summary.json` says."""
-        log = self.log
+        log, _ = self.log, self.judge  # a judge that is missing is missed now, not after hours
         self.load_data()
         sft = self.train_sft()
         self.samplers = self.make_samplers(sft.trunk.config)
@@ -93,8 +82,8 @@ class Run(PPORun):
             model = together(self.load_model)
         config = self.recipe.sft
         batches = shuffled(self.data.sft, config.batch_size, self.recipe.seed)
-        every = self.recipe.saving.every
-        with self.training("sft", config.steps, {"batches": batches}, every) as (stage, keeper):
+        training = Training("sft", {"batches": batches}, self.recipe.saving.every)
+        with self.train(training, config.steps) as (stage, keeper):
             model = train_sft(model, config, batches, self.layout, stage.step, keeper)
             self.save("sft", model)
         self.progress.finish("sft")
@@ -110,10 +99,8 @@ class Run(PPORun):
             "pairs": shuffled(pairs, config.batch_size, seed),
             "sft": shuffled(self.data.sft, config.sft_batch_size, seed + 2),
         }
-        with self.training("dpo", config.steps, iterators, self.recipe.saving.every) as (
-            stage,
-            keeper,
-        ):
+        training = Training("dpo", iterators, self.recipe.saving.every)
+        with self.train(training, config.steps) as (stage, keeper):
             model = train_dpo(
                 sft, config, iterators["pairs"], iterators["sft"], self.layout, stage.step, keeper
             )

@@ -35,6 +35,16 @@ class Iterates(Protocol):
         """Go there."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A stage that is saved on its way."""
+
+    name: str
+    iterators: Mapping[str, Iterates]  # of its data
+    every: int  # updates or iterations from one save to the next; 0: none
+    stride: int = 1  # numbers of snapshots to an update or iteration
+
+
 class StageKeeper(Keeper):
     """Snapshots of one stage, and where it goes on.
 
@@ -44,24 +54,18 @@ class StageKeeper(Keeper):
 
     def __init__(
         self,
-        stage: str,
+        training: Training,
         snapshots: Snapshots,
         step: int | None,
         layout: Layout,
-        iterators: Mapping[str, Iterates],
-        every: int,
-        stride: int,
         position: Callable[[], Position],
         stop: Stop,
         max_skipped: int,
     ) -> None:
-        self._stage = stage
+        self._training = training
         self.snapshots = snapshots
         self._step = step
         self._layout = layout
-        self._iterators = iterators
-        self._every = every
-        self._stride = stride
         self._position = position
         self._stop = stop
         self._max_skipped = max_skipped
@@ -72,7 +76,7 @@ class StageKeeper(Keeper):
             saved = snapshots.facts(step)
             self.facts, self.count = saved["facts"], saved["count"]
             self._skipped = saved["skipped"]
-            for name, iterator in iterators.items():
+            for name, iterator in training.iterators.items():
                 iterator.set_state(saved["iterators"][name])
 
     def __exit__(self, *_: object) -> None:
@@ -92,37 +96,39 @@ class StageKeeper(Keeper):
     ) -> None:
         """See `Keeper`. Raises Stopped, after it has saved, where somebody asks for it."""
         asked = self._stop.asked()
-        due = not within and self._every > 0 and count % self._every == 0
+        training = self._training
+        due = not within and training.every > 0 and count % training.every == 0
         if not asked and not due:
             return
         saved = {
             "facts": facts() if callable(facts) else facts,
             "count": count,
             "skipped": self._skipped,
-            "iterators": {name: x.get_state() for name, x in self._iterators.items()},
+            "iterators": {name: x.get_state() for name, x in training.iterators.items()},
             "log": dataclasses.asdict(self._position()),
         }
-        self.snapshots.save(count * self._stride + within, self._copied(tree), saved)
+        self.snapshots.save(count * training.stride + within, self._copied(tree), saved)
         if asked:
             self.snapshots.wait()
-            raise Stopped(f"at {self._stage} {count}")
+            raise Stopped(f"at {training.name} {count}")
 
     def skip(self, step: int, model: Any, batch: Any) -> bool:
         """See `Keeper`. Raises UserError, after it has kept model and batch, where too many were skipped."""
+        stage = self._training.name
         self._skipped += 1
         if self._skipped <= self._max_skipped:
             return True
-        fault = self.snapshots.directory.parents[1] / FAULTS / f"{self._stage}-{step}"
+        fault = self.snapshots.directory.parents[1] / FAULTS / f"{stage}-{step}"
         on_first(lambda: fault.parent.mkdir(exist_ok=True))
         with shared_directory(fault, replace=True) as partial_directory:
             checkpoint.save(partial_directory / "weights", self._copied(model))
             rows = fetch(batch)
             if is_first():
                 write_arrays(partial_directory / "batch.npz", rows)
-                about = {"stage": self._stage, "step": step, "skipped": self._skipped - 1}
+                about = {"stage": stage, "step": step, "skipped": self._skipped - 1}
                 write_json(partial_directory / "fault.json", about)
         raise UserError(
-            f"{self._stage}: the gradient of update {step} is not finite, after max_skipped = {self._max_skipped} such "
+            f"{stage}: the gradient of update {step} is not finite, after max_skipped = {self._max_skipped} such "
             f"updates were left out; the weights are still those before it. Model and batch are in {fault}: "
             f"glm-jax replay RECIPE {fault} names the rows"
         )

@@ -302,8 +302,8 @@ def shared_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     It vanishes where one of them fails. Raises UserError on every process.
     """
     with contextlib.ExitStack() as stack:
-        made = on_first(lambda: stack.enter_context(new_directory(path, replace)))
-        partial_directory = path.absolute().with_name(_exchange(made.name if made else "")[0])
+        name = told_by_first(lambda: stack.enter_context(new_directory(path, replace)).name)
+        partial_directory = path.absolute().with_name(name)
         failure: Exception | None = None
         try:
             yield partial_directory

@@ -1,6 +1,5 @@
 """Trees of host arrays as one NumPy archive, named by their paths."""
 
-import os
 import zipfile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from sharding.disk.directory import explained
+from sharding.disk.directory import new_file
 from sharding.errors import UserError
 
 Tree = TypeVar("Tree")
@@ -17,11 +16,8 @@ Tree = TypeVar("Tree")
 def write_arrays(path: Path, tree: Any) -> None:
     """Write `tree` under a temporary name, then rename. Raises UserError where it cannot be written."""
     arrays = {_name(keys): np.asarray(x) for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
-    temporary = path.with_name(f".{path.name}.tmp")
-    with explained(path):
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
+    with new_file(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_arrays(path: Path, like: Tree) -> Tree:

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sharding.errors import UserError
 
@@ -78,10 +78,17 @@ def write_jsonl(path: Path, values: Iterable[Any]) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
+    with new_file(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file under a temporary name that takes its own when the block ends well. Raises UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
     with explained(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut may leave the new name without its contents
         os.replace(temporary, path)

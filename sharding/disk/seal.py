@@ -13,8 +13,8 @@ NAME = "seal.json"
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # what Orbax writes when all else is there
 
 
-def seal(directory: Path) -> str:
-    """Write `seal.json` with the size and SHA-256 of every file; returns the hash of that file itself.
+def seal(directory: Path) -> None:
+    """Write `seal.json` with the size and SHA-256 of every file.
 
     Raises UserError where it cannot be written, OSError where a file cannot be read.
     """
@@ -23,7 +23,6 @@ def seal(directory: Path) -> str:
         for path in _files(directory)
     }
     write_json(directory / NAME, files)
-    return hash_file(directory / NAME)
 
 
 def digest(directory: Path) -> str:

@@ -23,6 +23,7 @@ from rlhf.replay import replay
 from rlhf.reward import RewardConfig, train_reward
 from rlhf.runlog import Position
 from rlhf.sft import SFTConfig, train_sft
+from rlhf.stage_keeper import Training
 from rlhf.stop import Stop
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -62,7 +63,9 @@ def test_an_update_is_skipped_then_kept_and_its_row_named(small: GLMConfig, tmp_
     model = jax.jit(lambda: init_scalar(small, Layout(), jax.random.key(0)))()
     batches = shuffled(rows, 4, 0)
     with (
-        journal(tmp_path, 1).keeper("reward", Layout(), {"batches": batches}, 0) as keeper,
+        journal(tmp_path, 1).keeper(
+            Training("reward", {"batches": batches}, 0), Layout()
+        ) as keeper,
         pytest.raises(UserError, match="after max_skipped = 1 such updates were left out") as error,
     ):
         train_reward(model, config, batches, Layout(), report_to(told), keeper=keeper)
@@ -87,7 +90,7 @@ def test_weights_that_are_no_numbers_are_named(
     model.trunk.final_norm = model.trunk.final_norm.at[3].set(jnp.inf)
     batches = shuffled(sequences(8, 0), 4, 0)
     with (
-        journal(tmp_path, 0).keeper("sft", Layout(), {"batches": batches}, 0) as keeper,
+        journal(tmp_path, 0).keeper(Training("sft", {"batches": batches}, 0), Layout()) as keeper,
         pytest.raises(UserError, match="sft: the gradient of update 1 is not finite"),
     ):
         train_sft(model, config, batches, Layout(), report_to([]), keeper)
@@ -110,7 +113,7 @@ def test_a_pair_of_dpo_is_named(small: GLMConfig, tmp_path: Path) -> None:
     model = jax.jit(lambda: init_model(small, Layout(), jax.random.key(0)))()
     rows = sequences(8, 2)
     with (
-        journal(tmp_path, 0).keeper("dpo", Layout(), {}, 0) as keeper,
+        journal(tmp_path, 0).keeper(Training("dpo", {}, 0), Layout()) as keeper,
         pytest.raises(UserError, match="dpo: the gradient of update 1 is not finite"),
     ):
         train_dpo(

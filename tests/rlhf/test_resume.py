@@ -31,6 +31,7 @@ from rlhf.recipe_file import load_recipe
 from rlhf.run import run
 from rlhf.runlog import Position, RunLog
 from rlhf.sft import SFTConfig, train_sft
+from rlhf.stage_keeper import Training
 from rlhf.stop import Stop, Stopped
 from sharding.errors import UserError
 from sharding.layout import get_layout
@@ -188,7 +189,7 @@ def train_six(
     batches = shuffled(rows, 8, 0)
     with jax.set_mesh(layout.mesh()):
         model = jax.jit(partial(init_model, config, layout))(jax.random.key(0))
-        with journal.keeper("sft", layout, {"batches": batches}, 0) as keeper:
+        with journal.keeper(Training("sft", {"batches": batches}, 0), layout) as keeper:
             try:
                 six = SFTConfig(steps=6, batch_size=8)
                 model = train_sft(model, six, batches, layout, lambda *_: None, keeper)

@@ -86,7 +86,7 @@ def test_a_damaged_one_is_told_and_the_one_before_is_taken(tmp_path: Path) -> No
 def test_what_was_not_finished_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(_: Path) -> str:
+    def interrupted(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
     told: list[str] = []

@@ -21,10 +21,10 @@ def test_what_is_unharmed(directory: Path) -> None:
     assert not is_sealed(directory)
     with pytest.raises(UserError, match=r"seal\.json: No such file or directory: it was never"):
         broken(directory)
-    first = seal(directory)
-    assert is_sealed(directory)
-    assert broken(directory) == []
-    assert seal(directory) == first
+    for _ in range(2):  # the seal is no part of what it seals
+        seal(directory)
+        assert is_sealed(directory)
+        assert broken(directory) == []
 
 
 def flip(directory: Path) -> None:

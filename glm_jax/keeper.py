@@ -38,10 +38,10 @@ class Keeper:
         saved only where somebody asks the training to stop.
         """
 
-    def skip(self, step: int, model: Any, batch: Any) -> bool:
+    def skip(self, step: int, model: Any, batch: Any, role: str = "") -> bool:
         """Whether the training goes on after update `step`, whose gradient on `batch` is not finite.
 
-        Neither `model` nor the optimizer have learnt from it.
+        Neither `model` nor the optimizer have learnt from it. `role` says which model it is where several learn.
         """
         return False
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rlhf.recipe import Recipe, RewardRecipe
     from rlhf.runlog import RunLog
 
+FINISHED = "the run is finished, nothing is left to do; --restart begins anew"
 DESCRIPTION = "Train the ChatGLM family with human feedback on a mesh of TPUs or GPUs, in JAX."
 
 # commands whose options are fields of a recipe -> how many words come before those
@@ -189,9 +190,10 @@ def _started(
             f"{path}: config is a {type(config).__name__}: make it a rlhf.recipe.Recipe or RewardRecipe"
         )
     prog = f"glm-jax {command} {path}"
-    recipe, processes, how = override(config, options, prog=prog, description=description)
+    runs = command == "run"
+    recipe, processes, how = override(config, options, prog, description, goes_on=runs)
     keep_freed_memory()
-    use_devices(recipe.devices, start(processes, preemptible=command == "run"))
+    use_devices(recipe.devices, start(processes, preemptible=runs))
     found: Recipe | RewardRecipe = recipe
     return found, how
 
@@ -202,7 +204,7 @@ def _run(recipe: "Recipe", how: "Resume") -> None:
     from rlhf.run import run
     from sharding.processes import on_first
 
-    with _logged(recipe, check, how) as (log, progress, console):
+    with _logged(recipe, check, how, "evaluate") as (log, progress, console):
         if progress.done("evaluate") is None:
             summary = run(recipe, log, progress)
         else:
@@ -227,7 +229,7 @@ def _run_reward(recipe: "RewardRecipe", how: "Resume") -> None:
     from sharding.processes import on_first
 
     card = None
-    with _logged(recipe, check_reward, how) as (log, progress, console):
+    with _logged(recipe, check_reward, how, "reward") as (log, progress, console):
         if progress.done("reward") is None:
             card = run_reward(recipe, log, progress)
 
@@ -245,9 +247,9 @@ def _tell(console: "Console", line: str) -> None:
 
 @contextmanager
 def _logged(
-    recipe: Any, check: Callable[[Any], object], how: "Resume"
+    recipe: Any, check: Callable[[Any], object], how: "Resume", last: str
 ) -> "Iterator[tuple[RunLog, Progress, Console]]":
-    """The log of a run in its output_dir, how far it is, and the screen.
+    """The log of a run in its output_dir, how far it is, and the screen; `last` is its last stage.
 
     Every process of a run does this, only the first writes.
     """
@@ -275,7 +277,7 @@ def _logged(
             found = dataclasses.replace(found, digests={})
         on_first(lambda: write_json(directory / RECIPE_FILE, fields))
         if resumed:
-            tell(found.welcome)
+            tell(FINISHED if last in found.stages else found.welcome)
         log = RunLog(directory if is_first() else None, console, found.position)
         held.enter_context(log)
         yield (

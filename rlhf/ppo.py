@@ -115,6 +115,17 @@ class Experience(NamedTuple):
     returns: jax.Array | None
 
 
+def contents(config: PPOConfig) -> Experience:
+    """What an experience consists of under `config`, without arrays."""
+    there: Any = 0
+    support = there if config.sampling.truncates else None
+    of_critic = there if config.advantage == "gae" else None
+    sequences = Sequences(there, there, there)
+    return Experience(
+        sequences, there, there, there, support, there, there, of_critic, there, of_critic
+    )
+
+
 class Models(NamedTuple):
     """The four models of an iteration, by role."""
 

@@ -1,9 +1,9 @@
 """An iteration of PPO (arXiv 2404.00934, section 3): the programs of `rlhf.ppo`, each compiled once."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ class RolledOut(NamedTuple):
 
 
 Measure = Callable[[np.ndarray, Generation], Mapping[str, float]]  # (rows of the prompts, answers)
-Updates = list[dict[str, jax.Array]]  # the metrics of every update of an iteration
+Updates = list[Metrics]  # the metrics of every update of an iteration
 
 
 class Midway(NamedTuple):
@@ -78,14 +78,29 @@ class Midway(NamedTuple):
     updates: Updates
 
 
-Told = Callable[[Learners, Midway], None]
+class Listener:
+    """What hears how far an iteration is; this one does not listen."""
+
+    def midway(self, learners: Learners, midway: Midway) -> None:
+        """At this moment `Iteration.finish` could go on."""
+
+    def skip(self, update: int, role: str, model: Any, batch: Any) -> bool:
+        """Whether to leave an update out, of which the gradient is not finite: number `update` of the iteration.
+
+        `role` says whose it is: "actor" or "critic". `model` has not learnt from `batch`, which is rows of the
+        experience and, for the actor, of SFT data.
+        """
+        return False
 
 
-def unheard(*_: object) -> None:
-    """Tell nobody."""
+UNHEARD = Listener()
 
+
+# the critic's metrics that the actor has as well, and their names in those of an iteration
+OF_CRITIC = {"loss": "critic_loss", "grad_norm": "critic_grad_norm"}
 
 Step = Callable[[Learners, Models, Inputs, jax.Array, bool], tuple[Learners, dict[str, float], int]]
+_taken = jax.jit(take_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,18 +124,18 @@ class Iteration:
         inputs: Inputs,
         key: jax.Array,
         actor_learns: bool = True,
-        told: Told = unheard,
+        listener: Listener = UNHEARD,
     ) -> tuple[Learners, dict[str, float], int]:
         """The learners after an iteration, its metrics, and the tokens of its answers.
 
-        `told` hears of every moment at which `finish` could go on. Raises UserError where a model's output or a
-        gradient is not a number; nothing was learnt from it then.
+        Raises UserError where a model's output is not a number, or a gradient that `listener` does not leave out;
+        nothing was learnt from it then.
         """
         sample_key, _ = jax.random.split(key)
         learners, rolled_out = self.roll_out(learners, models, inputs, sample_key)
         midway = Midway(rolled_out, [])
-        told(learners, midway)
-        return self.finish(learners, midway, inputs.sft_batches, key, actor_learns, told)
+        listener.midway(learners, midway)
+        return self.finish(learners, midway, inputs.sft_batches, key, actor_learns, listener)
 
     def finish(
         self,
@@ -129,21 +144,14 @@ class Iteration:
         sft_batches: Iterator[Sequences],
         key: jax.Array,
         actor_learns: bool,
-        told: Told = unheard,
+        listener: Listener = UNHEARD,
     ) -> tuple[Learners, dict[str, float], int]:
         """What is left of an iteration, of which `key` is the same. Raises UserError like the whole."""
         _, shuffle_key = jax.random.split(key)
-        rolled_out, done = midway
         learners, updates = self.learn(
-            learners,
-            rolled_out.experience,
-            sft_batches,
-            shuffle_key,
-            actor_learns,
-            done,
-            lambda learners, updates: told(learners, Midway(rolled_out, updates)),
+            learners, midway, sft_batches, shuffle_key, actor_learns, listener
         )
-        return self.concluded(learners, rolled_out, updates)
+        return self.concluded(learners, midway.rolled_out, updates)
 
     def roll_out(
         self, learners: Learners, models: Models, inputs: Inputs, key: jax.Array
@@ -171,52 +179,88 @@ class Iteration:
     def learn(
         self,
         learners: Learners,
-        experience: Experience,
+        midway: Midway,
         sft_batches: Iterator[Sequences],
         key: jax.Array,
         actor_learns: bool,
-        done: Sequence[dict[str, jax.Array]] = (),
-        told: Callable[[Learners, Updates], None] = unheard,
+        listener: Listener = UNHEARD,
     ) -> tuple[Learners, Updates]:
-        """Epochs of minibatch updates, or fewer where the policy has gone far enough; `done` were made already.
-
-        `told` hears of every update.
-        """
-        actor, critic, kl_coef = learners
+        """Epochs of minibatch updates, or fewer where the policy has gone far enough; those of `midway` are done."""
+        rolled_out, done = midway
         updates = list(done)
         for number, index in enumerate(minibatches(key, self.config)):
             if updates and actor_learns and self._far(updates[-1]):
                 break
             if number < len(done):
                 continue
-            metrics: dict[str, jax.Array] = {}
-            if critic is not None:
-                critic, metrics = self.update_critic(critic, (experience, index))
-                metrics = {**metrics, "critic_grad_norm": metrics["grad_norm"]}
-            if actor_learns:
-                sft_batch = self.layout.put(next(sft_batches))
-                actor, actor_metrics = self.update_actor(actor, (experience, index, sft_batch))
-                metrics = {**metrics, **actor_metrics}
+            sft_batch = self.layout.put(next(sft_batches)) if actor_learns else None
+            learners, metrics = self._update(
+                learners,
+                rolled_out.experience,
+                index,
+                sft_batch,
+                partial(listener.skip, number + 1),
+            )
             updates.append(metrics)
-            told(Learners(actor, critic, kl_coef), updates)
-        return Learners(actor, critic, kl_coef), updates
+            listener.midway(learners, Midway(rolled_out, updates))
+        return learners, updates
+
+    def _update(
+        self,
+        learners: Learners,
+        experience: Experience,
+        index: np.ndarray,
+        sft_batch: Sequences | None,
+        skip: Callable[[str, Any, Any], bool],
+    ) -> tuple[Learners, Metrics]:
+        """An update of the critic and, with SFT data, of the actor; what is left out is counted and has no metrics."""
+        actor, critic, kl_coef = learners
+        by_role: dict[str, Metrics] = {}
+        if critic is not None:
+            critic, by_role["critic"] = self.update_critic(critic, (experience, index))
+        if sft_batch is not None:
+            batch = (experience, index, sft_batch)
+            actor, by_role["actor"] = self.update_actor(actor, batch)
+        learners = Learners(actor, critic, kl_coef)
+        found, left_out = Metrics(), 0
+        for role, metrics in by_role.items():
+            if not bool(jnp.isfinite(metrics["grad_norm"])):
+                rows = _taken(experience, index)
+                rows = rows if role == "critic" else (rows, sft_batch)
+                if skip(role, getattr(learners, role).model, rows):
+                    left_out += 1
+                    continue
+            if role == "critic":
+                metrics = {OF_CRITIC.get(name, name): x for name, x in metrics.items()}
+            found |= metrics
+        return learners, found | ({"skipped": jnp.float32(left_out)} if left_out else {})
 
     def _far(self, metrics: Mapping[str, jax.Array]) -> bool:
         limit = self.config.stop_kl
-        return limit is not None and float(metrics["approx_kl"]) > limit
+        return limit is not None and float(metrics.get("approx_kl", 0.0)) > limit
 
     def concluded(
         self, learners: Learners, rolled_out: RolledOut, updates: Updates
     ) -> tuple[Learners, dict[str, float], int]:
         """What the iteration returns: figures are means over its updates, the KL coefficient is adapted."""
-        means = {name: jnp.mean(jnp.stack([x[name] for x in updates])) for name in updates[0]}
+        by_name: dict[str, list[jax.Array]] = {}
+        for metrics in updates:
+            for name, value in metrics.items():
+                by_name.setdefault(name, []).append(value)
+        skipped = sum(by_name.pop("skipped", []))
+        means = {name: jnp.mean(jnp.stack(values)) for name, values in by_name.items()}
         figures = rolled_out.figures | to_host(means)
         # of a NaN the mean is NaN, so that one look is enough
-        require_finite(figures, "ppo: an update")
-        if learners.critic is not None:
-            of_critic = {"loss": figures["value_loss"], "grad_norm": figures["critic_grad_norm"]}
-            require_finite(of_critic, "ppo: an update of the critic")
+        for where, loss, norm in (
+            ("an update", "loss", "grad_norm"),
+            ("an update of the critic", *OF_CRITIC.values()),
+        ):
+            if norm in figures:
+                found = {"loss": figures[loss], "grad_norm": figures[norm]}
+                require_finite(found, f"ppo: {where}")
         figures |= {"kl_coef": learners.kl_coef, "updates": float(len(updates))}
+        if skipped:
+            figures["skipped"] = float(skipped)
         coef = adapted(learners.kl_coef, figures["kl"], self.config.kl, self.config.batch_size)
         return learners._replace(kl_coef=coef), figures, rolled_out.tokens
 

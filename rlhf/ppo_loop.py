@@ -22,6 +22,7 @@ from rlhf.ppo_iteration import (
     Inputs,
     Iteration,
     Learners,
+    Listener,
     Measure,
     Midway,
     RolledOut,
@@ -49,7 +50,8 @@ def train_ppo(
     """Actor and critic after `config.iterations` iterations; `baseline` holds r(x, y_ref) by prompt index (or 0).
 
     Batches of `prompts` have config.batch_size / config.samples rows. What `watched` makes of the iteration does the
-    first two in its place. `keeper` hears of every iteration, and within those that are not watched of every update.
+    first two in its place. `keeper` hears of every iteration, and within those that are not watched of every update;
+    there it may also leave updates out, whose gradient is not finite. They are numbered through all iterations.
     """
     config.check(layout, sample.generation)
     updates = config.iterations * config.epochs * config.minibatches
@@ -61,9 +63,9 @@ def train_ppo(
     for number in range(keeper.count + 1, config.iterations + 1):
         learns = number > config.critic_warmup
         stream = jax.random.fold_in(key, number)
-        told = partial(saves.keep_midway, number)
+        listener = _Listener(saves, number)
         if midway is not None:
-            done = iterate.finish(learners, midway, sft_batches, stream, learns, told)
+            done = iterate.finish(learners, midway, sft_batches, stream, learns, listener)
             midway = None
         else:
             batch = next(prompts)
@@ -71,11 +73,25 @@ def train_ppo(
             if watched is not None and number <= 2:
                 done = closely(learners, models, inputs, stream, learns)
             else:
-                done = iterate(learners, models, inputs, stream, learns, told)
+                done = iterate(learners, models, inputs, stream, learns, listener)
         learners, metrics, tokens = done
         report(number, metrics, tokens)
         saves.keep(number, learners)
     return learners.actor.model, None if learners.critic is None else learners.critic.model
+
+
+class _Listener(Listener):
+    """What hears how far iteration `number` is."""
+
+    def __init__(self, saves: "_Saves", number: int) -> None:
+        self._saves = saves
+        self._number = number
+
+    def midway(self, learners: Learners, midway: Midway) -> None:
+        self._saves.keep_midway(self._number, learners, midway)
+
+    def skip(self, update: int, role: str, model: Any, batch: Any) -> bool:
+        return self._saves.skip(self._number, update, role, model, batch)
 
 
 class _Saves:
@@ -127,6 +143,12 @@ class _Saves:
 
         arrays = {"actor": learners.actor, "critic": learners.critic, "experience": experience}
         self._keeper.keep(arrays, number - 1, facts, 1 + len(updates))
+
+    def skip(self, number: int, update: int, role: str, model: Any, batch: Any) -> bool:
+        """Whether to leave an update of iteration `number` out."""
+        config = self._iterate.config
+        before = (number - 1) * config.epochs * config.minibatches
+        return self._keeper.skip(before + update, model, batch, role)
 
     def _begin(self, blank: tuple[Generation, jax.Array] | None) -> dict[str, Any]:
         """The arrays at the beginning; with `blank`, also an experience of such answers and baselines."""

@@ -37,7 +37,7 @@ class BaseRecipe:
     pretrained: Path | None = None  # directory of a model to start from; None: random weights
     model: GLMConfig = GLMConfig(4096, 128, 4, 4, 2, 32, 352)  # shape without `pretrained`
     length: int = 64  # tokens of a training sequence, prompt and answer
-    # updates of SFT, reward model and DPO that are left out, as their gradient is not finite, before a stage stops
+    # updates that are left out, as their gradient is not finite, before a stage stops
     max_skipped: int = 0
     saving: SavingConfig = SavingConfig()  # of what a run needs to go on after it was ended
 

@@ -40,12 +40,12 @@ def load_recipe(path: Path) -> tuple[Any, str]:
 
 
 def override(
-    config: Any, options: Sequence[str], prog: str, description: str
+    config: Any, options: Sequence[str], prog: str, description: str, goes_on: bool = True
 ) -> "tuple[Any, Processes, Resume]":
     """`config`, a dataclass, with the fields that `options` name (`--ppo.kl.coef 0.1`) replaced.
 
     The others are what `options` say of the processes of a run - no field, for each process has its own number - and of
-    a run that is there already.
+    a run that is there already; nothing of the latter where a command does not go on with one.
     Prints the help of every field and exits with 0 on --help; a field that does not exist exits with 2 and
     names the nearest ones.
     """
@@ -54,12 +54,13 @@ def override(
 
     debug = tyro.conf.arg(help="Show the traceback of an error.")
     bare = tyro.conf.arg(name="")
+    resume = Annotated[Resume, bare if goes_on else tyro.conf.Fixed]
     parser = dataclasses.make_dataclass(
         "Options",
         [
             ("config", Annotated[type(config), bare]),
             ("processes", tyro.conf.FlagCreatePairsOff[Annotated[Processes, bare]]),
-            ("resume", tyro.conf.FlagCreatePairsOff[Annotated[Resume, bare]]),
+            ("resume", tyro.conf.FlagCreatePairsOff[resume]),
             ("debug", tyro.conf.FlagCreatePairsOff[Annotated[bool, debug]]),
         ],
     )
@@ -70,6 +71,6 @@ def override(
         description=description,
         args=list(options),
         # a field that may hold one of several dataclasses keeps the one that the recipe chose
-        config=(tyro.conf.AvoidSubcommands,),
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed),
     )
     return parsed.config, parsed.processes, parsed.resume

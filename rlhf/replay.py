@@ -16,9 +16,10 @@ from glm_jax.config import Config
 from glm_jax.model import init_model
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.scalar import init_scalar
-from glm_jax.train import Update, init_state, to_host
+from glm_jax.train import Update, init_state, make_update, to_host
 from glm_jax.weights import from_kept, to_kept
 from rlhf.dpo import PAIRS, dpo_update
+from rlhf.ppo import actor_counts, actor_loss, contents, critic_counts, critic_loss
 from rlhf.recipe import Recipe, RewardRecipe, check_training
 from rlhf.reward import reward_update
 from rlhf.sft import sft_update
@@ -58,14 +59,15 @@ def replay(recipe: Recipe | RewardRecipe, fault: Path) -> Replayed:
     config = dataclasses.replace(shape, compute_dtype=recipe.model.compute_dtype)
     optimizer = make_optimizer(OptimConfig(), 1)
     with jax.set_mesh(layout.mesh()):
-        model = _model(config, layout, fault, scalar=about["stage"] == "reward")
+        scalar = about["stage"] == "reward" or about["role"] == "critic"
+        model = _model(config, layout, fault, scalar)
         weights = [
             jax.tree_util.keystr(path).strip(".")
             for path, x in jax.tree_util.tree_leaves_with_path(model)
             if not bool(jax.numpy.isfinite(x).all())
         ]
         rows = []
-        for part in _parts(recipe, layout, optimizer, about["stage"], fault / "batch.npz"):
+        for part in _parts(recipe, layout, optimizer, about, fault / "batch.npz"):
             layout.check_batch(part.size, f"{about['stage']}.batch_size")
             for number in range(part.size):
                 state = init_state(model, optimizer)  # which the update takes
@@ -96,28 +98,47 @@ def _model(config: Config, layout: Layout, fault: Path, scalar: bool) -> Any:
 
 
 def _parts(
-    recipe: Recipe | RewardRecipe, layout: Layout, optimizer: Any, stage: str, path: Path
+    recipe: Recipe | RewardRecipe,
+    layout: Layout,
+    optimizer: Any,
+    about: Mapping[str, Any],
+    path: Path,
 ) -> list[Part]:
-    if stage == "reward":
+    if about["stage"] == "reward":
         packed = recipe.reward.pack_length is not None
         shape: Any = Packed(*[0] * 5) if packed else Judged(PAIRS.pairs, 0)
         judged = read_arrays(path, shape)
         update = reward_update(recipe.reward, optimizer, layout)
         return [Part("row", len(judged.weight), partial(_repeated, judged), update)]
     assert isinstance(recipe, Recipe)
-    if stage == "sft":
+    if about["stage"] == "sft":
         rows = read_arrays(path, SEQUENCES)
         return [_sft_part("row", rows, layout, optimizer)]
-    pairs, rows = read_arrays(path, (PAIRS, SEQUENCES))
-    silent = rows._replace(target=np.zeros_like(rows.target))
+    if about["stage"] == "dpo":
+        pairs, rows = read_arrays(path, (PAIRS, SEQUENCES))
+        update = dpo_update(recipe.dpo, optimizer, layout)
+        return _mixed_parts("pair", pairs, rows, update, layout, optimizer)
+    ppo, answers = recipe.ppo, contents(recipe.ppo)
+    if about["role"] == "critic":
+        answers = read_arrays(path, answers)
+        loss: Any = partial(critic_loss, config=ppo, layout=layout)
+        update = make_update(loss, critic_counts, optimizer, layout)
+        return [Part("answer", len(answers.scores), partial(_repeated, answers), update)]
+    answers, rows = read_arrays(path, (answers, SEQUENCES))
+    loss = partial(actor_loss, config=ppo, layout=layout)
+    update = make_update(loss, actor_counts, optimizer, layout)
+    return _mixed_parts("answer", answers, rows, update, layout, optimizer)
 
-    def with_pair(number: int) -> Any:
-        return _repeated(pairs, number), silent
 
-    update = dpo_update(recipe.dpo, optimizer, layout)
+def _mixed_parts(
+    name: str, rows: Any, sft_rows: Sequences, update: Update, layout: Layout, optimizer: Any
+) -> list[Part]:
+    """Rows with which SFT rows are mixed, and those."""
+    silent = sft_rows._replace(target=np.zeros_like(sft_rows.target))
+    size = len(jax.tree.leaves(rows)[0])
     return [
-        Part("pair", len(pairs.ref_logp), with_pair, update),
-        _sft_part("SFT row", rows, layout, optimizer),
+        Part(name, size, lambda number: (_repeated(rows, number), silent), update),
+        _sft_part("SFT row", sft_rows, layout, optimizer),
     ]
 
 

@@ -112,24 +112,27 @@ class StageKeeper(Keeper):
             self.snapshots.wait()
             raise Stopped(f"at {training.name} {count}")
 
-    def skip(self, step: int, model: Any, batch: Any) -> bool:
+    def skip(self, step: int, model: Any, batch: Any, role: str = "") -> bool:
         """See `Keeper`. Raises UserError, after it has kept model and batch, where too many were skipped."""
         stage = self._training.name
         self._skipped += 1
         if self._skipped <= self._max_skipped:
             return True
-        fault = self.snapshots.directory.parents[1] / FAULTS / f"{stage}-{step}"
+        name = "-".join(filter(None, (stage, str(step), role)))
+        fault = self.snapshots.directory.parents[1] / FAULTS / name
         on_first(lambda: fault.parent.mkdir(exist_ok=True))
         with shared_directory(fault, replace=True) as partial_directory:
             checkpoint.save(partial_directory / "weights", self._copied(model))
             rows = fetch(batch)
             if is_first():
                 write_arrays(partial_directory / "batch.npz", rows)
-                about = {"stage": stage, "step": step, "skipped": self._skipped - 1}
+                skipped = self._skipped - 1
+                about = {"stage": stage, "step": step, "role": role, "skipped": skipped}
                 write_json(partial_directory / "fault.json", about)
+        whose = f" of the {role}" if role else ""
         raise UserError(
-            f"{stage}: the gradient of update {step} is not finite, after max_skipped = {self._max_skipped} such "
-            f"updates were left out; the weights are still those before it. Model and batch are in {fault}: "
+            f"{stage}: the gradient of update {step}{whose} is not finite, after max_skipped = {self._max_skipped} "
+            f"such updates were left out; the weights are still those before it. Model and batch are in {fault}: "
             f"glm-jax replay RECIPE {fault} names the rows"
         )
 

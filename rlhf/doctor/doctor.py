@@ -13,7 +13,7 @@ from rlhf.doctor.checks import OF_ROLLOUT, OF_UPDATE
 from rlhf.doctor.evidence import Learnt, Setting, gather
 from rlhf.doctor.finding import Finding
 from rlhf.ppo import Models, PPOConfig
-from rlhf.ppo_iteration import Inputs, Iteration, Learners, current_models, minibatches
+from rlhf.ppo_iteration import Inputs, Iteration, Learners, Midway, current_models, minibatches
 from sharding.errors import UserError
 from sharding.fingerprint import fingerprint
 
@@ -59,7 +59,7 @@ class Doctor:
             self._note(name, check(evidence))
         self._conclude()
         learners, updates = iterate.learn(
-            learners, rolled_out.experience, inputs.sft_batches, shuffle_key, actor_learns
+            learners, Midway(rolled_out, []), inputs.sft_batches, shuffle_key, actor_learns
         )
         after = _prints(models, learners)
         learn = [name for name in ("actor", "critic") if name in after]

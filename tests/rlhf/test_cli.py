@@ -97,6 +97,36 @@ def test_a_second_run_goes_on_or_keeps_the_first(
     assert seeds == [1, 2]
 
 
+def test_a_finished_run_prints_its_summary_again(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[Recipe] = []
+
+    def run(recipe: Recipe, log: RunLog, progress: Progress) -> dict[str, Any]:
+        seen.append(recipe)
+        (recipe.output_dir / "summary.json").write_text(json.dumps({"seed": recipe.seed}))
+        progress.finish("evaluate")
+        return {"seed": recipe.seed}
+
+    monkeypatch.setattr("rlhf.recipe.check", lambda recipe: None)
+    monkeypatch.setattr("rlhf.run.run", run)
+    command = ["run", str(recipe), "--output-dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    before = capsys.readouterr().out
+    assert main(command) == 0
+    again = capsys.readouterr().out
+    assert again == f"the run is finished, nothing is left to do; --restart begins anew\n{before}"
+    assert len(seen) == 1
+
+
+def test_only_a_run_goes_on_with_one(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["doctor", str(recipe)], ["replay", str(recipe), "fault"]):
+        assert fail(*command, "--resume", capsys=capsys)[0] == 2
+
+
 @pytest.mark.parametrize("field", ["--ppo.bach-size", "--ppo.bach_size"])
 def test_a_misspelt_field_exits_with_2_and_names_the_nearest(
     field: str, recipe: Path, runs: list[Recipe], capsys: pytest.CaptureFixture[str]

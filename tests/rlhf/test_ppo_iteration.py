@@ -14,7 +14,7 @@ from glm_jax.generate import Generation, SamplingConfig
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.train import TrainState
 from rlhf.ppo import Models, PPOConfig
-from rlhf.ppo_iteration import Iteration
+from rlhf.ppo_iteration import Iteration, Midway
 from rlhf.trials.models import ANSWER, tiny
 from rlhf.trials.ppo import PLAIN, SmallPPO, small_ppo
 from sharding.errors import UserError
@@ -101,8 +101,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(small: SmallPPO) -> No
     experience = rolled_out.experience
     nothing = jnp.nan * experience.advantages
     ill = experience._replace(advantages=nothing, returns=nothing)
+    midway = Midway(rolled_out._replace(experience=ill), [])
     learners, updates = small.iterate.learn(
-        learners, ill, small.inputs(0).sft_batches, jax.random.key(1), True
+        learners, midway, small.inputs(0).sft_batches, jax.random.key(1), True
     )
     assert _weights(learners) == before
     assert int(learners.actor.step) == 2  # they count, although nothing was learnt

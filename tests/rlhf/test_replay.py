@@ -1,6 +1,8 @@
 """A gradient that is not finite is skipped, counted, and at last kept with its batch, whose bad rows a replay names."""
 
+import dataclasses
 import math
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,17 @@ import numpy as np
 import pytest
 
 from glm_jax.batch import Judged, Pairs, Sequences
-from glm_jax.config import GLMConfig
+from glm_jax.config import PRESETS, GLMConfig
 from glm_jax.model import CausalLM, init_model
 from glm_jax.optim import OptimConfig
+from glm_jax.sampler import Sampler
 from glm_jax.scalar import init_scalar
 from rlhf.cli import main
 from rlhf.data.batches import shuffled
 from rlhf.dpo import DPOConfig, LabelledPairs, train_dpo
+from rlhf.ppo import Models
+from rlhf.ppo_iteration import Iteration, make_iteration
+from rlhf.ppo_loop import train_ppo
 from rlhf.progress import Journal, SavingConfig, find
 from rlhf.recipe import Recipe, RewardRecipe
 from rlhf.replay import replay
@@ -25,6 +31,8 @@ from rlhf.runlog import Position
 from rlhf.sft import SFTConfig, train_sft
 from rlhf.stage_keeper import Training
 from rlhf.stop import Stop
+from rlhf.trials.models import STOP_IDS, place_model, place_scorer, prompts, tiny
+from rlhf.trials.ppo import PLAIN
 from sharding.errors import UserError
 from sharding.layout import Layout
 
@@ -128,6 +136,63 @@ def test_a_pair_of_dpo_is_named(small: GLMConfig, tmp_path: Path) -> None:
     recipe = Recipe(devices=1, model=small, dpo=config)
     found = replay(recipe, tmp_path / "faults" / "dpo-1")
     assert [(kind, number) for kind, number, *_ in found.rows] == [("pair", 2)]
+
+
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_an_answer_of_ppo_is_named(
+    role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, layout = dataclasses.replace(tiny(PRESETS["chatglm3-6b"]), num_layers=2), Layout()
+    config = dataclasses.replace(PLAIN, iterations=3, epochs=2)
+    kind = "advantages" if role == "actor" else "returns"
+
+    def ill(*args: Any) -> Iteration:
+        """Iterations, in each of which one answer has nothing that could be learnt from."""
+        iterate = make_iteration(*args)
+
+        def poisoned(*args: Any) -> Any:
+            experience, *rest = iterate.experience_of(*args)
+            bad = getattr(experience, kind).at[5].set(jnp.nan)
+            return experience._replace(**{kind: bad}), *rest
+
+        return dataclasses.replace(iterate, experience_of=poisoned)
+
+    monkeypatch.setattr("rlhf.ppo_loop.make_iteration", ill)
+    policy, scorer = place_model(model, layout), place_scorer(model, layout)
+    batches = (prompts(model, f"prompts {number}", config.batch_size) for number in count())
+    told: Told = []
+    with (
+        journal(tmp_path, 3).keeper(Training("ppo", {}, 0), layout) as keeper,
+        pytest.raises(UserError, match="after max_skipped = 3 such updates were left out") as error,
+    ):
+        train_ppo(
+            Models(policy, scorer, policy, scorer),
+            config,
+            batches,
+            (sequences(8, number) for number in count()),
+            np.zeros(config.batch_size, np.float32),
+            Sampler(model, config.sampling, STOP_IDS, layout),
+            STOP_IDS[0],
+            jax.random.key(0),
+            layout,
+            report_to(told),
+            keeper=keeper,
+        )
+    ((number, metrics),) = told
+    # one of the two updates of each epoch has the answer in it
+    assert (number, metrics["updates"], metrics["skipped"]) == (1, 4.0, 2.0)
+    assert all(map(math.isfinite, metrics.values()))
+    (fault,) = (tmp_path / "faults").iterdir()
+    step = int(fault.name.split("-")[1])
+    assert fault.name == f"ppo-{step}-{role}" and step in (7, 8)
+    assert f"ppo: the gradient of update {step} of the {role} is not finite" in str(error.value)
+    assert isinstance(model, GLMConfig)
+    found = replay(Recipe(devices=1, model=model, ppo=config), fault)
+    assert found.weights == []
+    name = f"[0].{kind}" if role == "actor" else kind
+    batch = np.load(fault / "batch.npz")
+    (place,) = np.flatnonzero(np.isnan(batch[name]).all(axis=1))
+    assert [(kind, number) for kind, number, *_ in found.rows] == [("answer", int(place))]
 
 
 def test_a_folder_that_holds_no_update_is_one_clear_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rlhf.data.reviews.builder import Reviews
 from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.data.storage import RECORD_TYPES, RecordsBuilder, StoredRecords
 from sharding.disk.directory import write_json
+from sharding.disk.seal import broken, is_sealed, seal
 from sharding.errors import UserError
 
 NOTES = "notes.json"  # what was left out when the tables were built
@@ -39,7 +41,7 @@ def prepare(
 
     The folder's name is a digest of the configuration and of what the files say: another seed or
     an edited file gives another folder, and what is there is never stale. A table appears whole or
-    not at all.
+    not at all; one that is no longer as it was written is built again, which `tell` hears of.
 
     Raises:
         UserError: a file is missing or says what it should not; a split would be empty.
@@ -48,7 +50,7 @@ def prepare(
     root = directory / fingerprint(data, builder)
     notes: list[str] = []
     splits = functools.cache(lambda: require_examples(data.splits(notes.append), tables))
-    found = {name: _open(builder, name, root, splits) for name in tables}
+    found = {name: _open(builder, name, root, splits, tell) for name in tables}
     if notes:
         write_json(root / NOTES, notes)
     for line in json.loads((root / NOTES).read_text("utf-8")) if (root / NOTES).exists() else ():
@@ -83,13 +85,26 @@ def fingerprint(
 
 
 def _open(
-    builder: type[RecordsBuilder], name: str, root: Path, splits: Callable[[], Splits]
+    builder: type[RecordsBuilder],
+    name: str,
+    root: Path,
+    splits: Callable[[], Splits],
+    tell: Tell,
 ) -> Split:
     """One table, built first if need be, without the bars and lines that TFDS shows."""
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):
-        table = builder(splits=splits, config=name, data_dir=root)
-        table.download_and_prepare()
+    make = functools.partial(builder, splits=splits, config=name, data_dir=root)
+    directory = Path(make().data_path)
+    problems = broken(directory) if is_sealed(directory) else []
+    if problems:
+        tell(f"data: {problems[0]}: it is built again")
+    if problems or not is_sealed(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+    table = make()  # which looks at what is there
+    if not is_sealed(directory):
+        with contextlib.redirect_stdout(io.StringIO()):
+            table.download_and_prepare()
+        seal(directory)
     return Split(
         *(StoredRecords(table.as_data_source(side), RECORD_TYPES[name]) for side in Split._fields)
     )

@@ -1,6 +1,9 @@
 """Snapshots are whole or not there, survive what comes after them, and tell when they are damaged."""
 
 import contextlib
+import itertools
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,10 @@ def read(snapshots: Snapshots, step: int) -> dict[str, Any]:
     return found
 
 
+def kept(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in directory.iterdir())
+
+
 def silent(_: str) -> None:
     pass
 
@@ -60,8 +67,24 @@ def test_the_last_ones_stay_and_every_so_manieth(tmp_path: Path) -> None:
         for step in range(1, 8):
             snapshots.save(step, tree(step), {})
         snapshots.wait()
-        kept = sorted(int(path.name) for path in tmp_path.iterdir())
-        assert kept == [4, 6, 7]
+        assert kept(tmp_path) == [4, 6, 7]
+
+
+def test_a_clock_that_goes_back_does_not_make_a_snapshot_older(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour a look."""
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1.8e9 - 3600 * next(ticks))
+    monkeypatch.setattr(time, "time_ns", lambda: int(1.8e18 - 3.6e12 * next(ticks)))
+    for step in range(1, 6):
+        with Snapshots(tmp_path, keep_last=2) as snapshots:
+            assert snapshots.newest(silent) == (step - 1 or None)
+            snapshots.save(step, tree(step), {})
+            snapshots.wait()
+            os.utime(snapshots.path(step), (next(ticks), -3600 * step))
+    assert next(ticks) > 5
+    assert kept(tmp_path) == [4, 5]
 
 
 def test_a_damaged_one_is_told_and_the_one_before_is_taken(tmp_path: Path) -> None:

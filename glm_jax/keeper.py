@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 Tree = TypeVar("Tree")
 Facts = Mapping[str, Any]
 NO_FACTS: Facts = {}
+NO_METRICS: Mapping[str, float] = {}
 
 
 class Keeper:
@@ -30,12 +31,17 @@ class Keeper:
         return make()
 
     def keep(
-        self, tree: Any, count: int, facts: Facts | Callable[[], Facts] = NO_FACTS, within: int = 0
+        self,
+        tree: Any,
+        count: int,
+        facts: Facts | Callable[[], Facts] = NO_FACTS,
+        within: int = 0,
+        metrics: Mapping[str, float] = NO_METRICS,
     ) -> None:
         """Save arrays and facts (what JSON can hold) if it is time to.
 
         `count` updates or iterations are done, and `within` the next one so many moments have passed; such moments are
-        saved only where somebody asks the training to stop.
+        saved only where somebody asks the training to stop. `metrics` of the last one may say how good the model is.
         """
 
     def skip(self, step: int, model: Any, batch: Any, role: str = "") -> bool:

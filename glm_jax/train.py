@@ -153,7 +153,7 @@ def train(
             require_finite(figures, f"update {step}")
         seen = {} if look is None else look(step, state.model)
         report(step, {**figures, **seen}, int(tokens))
-        keeper.keep(state, step)
+        keeper.keep(state, step, metrics=seen)
     return state
 
 

@@ -1,6 +1,6 @@
 """The loop of PPO around its iterations, and what of it is saved on the way."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -76,7 +76,7 @@ def train_ppo(
                 done = iterate(learners, models, inputs, stream, learns, listener)
         learners, metrics, tokens = done
         report(number, metrics, tokens)
-        saves.keep(number, learners)
+        saves.keep(number, learners, metrics)
     return learners.actor.model, None if learners.critic is None else learners.critic.model
 
 
@@ -122,10 +122,11 @@ class _Saves:
         rolled_out = RolledOut(None, arrays["experience"], found["figures"], found["tokens"])
         return learners, Midway(rolled_out, updates)
 
-    def keep(self, number: int, learners: Learners) -> None:
+    def keep(self, number: int, learners: Learners, metrics: Mapping[str, float]) -> None:
         """After iteration `number`."""
         arrays = {"actor": learners.actor, "critic": learners.critic}
-        self._keeper.keep(arrays, number, {"kl_coef": learners.kl_coef, "midway": None})
+        facts = {"kl_coef": learners.kl_coef, "midway": None}
+        self._keeper.keep(arrays, number, facts, metrics=metrics)
 
     def keep_midway(self, number: int, learners: Learners, midway: Midway) -> None:
         """Within iteration `number`."""

@@ -221,7 +221,8 @@ class PPORun(BaseRun):
             "sft": shuffled(self.data.sft, config.sft_batch_size, seed + 1),
         }
         history: list[Mapping[str, float]] = list(self.progress.history("ppo"))
-        training = Training("ppo", iterators, self.recipe.saving.every_iterations, MOMENTS)
+        every = self.recipe.saving.every_iterations
+        training = Training("ppo", iterators, every, MOMENTS, best="reward")
         with self.train(training, config.iterations) as (stage, keeper):
             doctors: list[Doctor] = []
 

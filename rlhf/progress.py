@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -26,10 +25,12 @@ from sharding.disk.directory import write_json
 from sharding.errors import UserError
 from sharding.layout import Layout
 from sharding.processes import on_first
-from sharding.snapshots import Snapshots
+from sharding.retention import Retention
+from sharding.snapshots import Snapshots, prune
 
 FOLDER = "state"
 JOURNAL = "journal.json"
+NOTHING = Retention(last=0)  # stays
 LIBRARIES = ("glm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -40,7 +41,10 @@ class SavingConfig:
     every: int = 200  # updates of SFT, reward model and DPO from one save to the next; 0: none
     every_iterations: int = 10  # iterations of PPO
     keep_last: int = 2  # saves of a stage that stay until it is done, at least 2
-    keep_every: int | None = None  # updates, or iterations: saves at multiples of it stay as well
+    keep_every: int | None = None  # updates, or iterations: saves at multiples of it stay for good
+    keep_best: int = (
+        0  # saves that stay for good: by held-out accuracy of the reward model, reward of PPO
+    )
 
     def __post_init__(self) -> None:
         for name in ("every", "every_iterations"):
@@ -52,6 +56,8 @@ class SavingConfig:
             )
         if self.keep_every is not None and self.keep_every < 1:
             raise UserError(f"saving.keep_every = {self.keep_every}: give a positive number")
+        if self.keep_best < 0:
+            raise UserError(f"saving.keep_best = {self.keep_best}: give 0 or more")
 
 
 class Progress:
@@ -94,6 +100,9 @@ class Found:
     history: Mapping[str, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of what it is made of
+    kept: Mapping[str, Retention] = dataclasses.field(
+        default_factory=dict
+    )  # of stages that are done
 
     @property
     def welcome(self) -> str:
@@ -139,6 +148,7 @@ def find(directory: Path, tell: Callable[[str], None]) -> Found:
         history,
         journal.get("versions", {}),
         journal.get("digests", {}),
+        {stage: Retention(**kept) for stage, kept in journal.get("kept", {}).items()},
     )
 
 
@@ -194,6 +204,7 @@ class Journal(Progress):
         self._max_skipped = max_skipped
         self._finished = found.finished
         self._digests = dict(found.digests)
+        self._kept = dict(found.kept)
         on_first(self._tidy)
 
     def done(self, stage: str) -> Mapping[str, Any] | None:
@@ -206,12 +217,14 @@ class Journal(Progress):
 
     def keeper(self, training: Training, layout: Layout) -> StageKeeper:
         """See `Progress`."""
-        keep_every = self._saving.keep_every and self._saving.keep_every * training.stride
-        folder = self._folder / training.name
+        saving, stage = self._saving, training.name
+        every = saving.keep_every and saving.keep_every * training.stride
+        self._kept[stage] = Retention(0, every, saving.keep_best)
+        retention = dataclasses.replace(self._kept[stage], last=saving.keep_last)
         return StageKeeper(
             training,
-            Snapshots(folder, self._saving.keep_last, keep_every),
-            self._found.step if training.name == self._found.stage else None,
+            Snapshots(self._folder / stage, retention),
+            self._found.step if stage == self._found.stage else None,
             layout,
             self._position,
             self._stop,
@@ -225,7 +238,7 @@ class Journal(Progress):
 
         def conclude() -> None:
             self._write()
-            shutil.rmtree(self._folder / stage, ignore_errors=True)
+            prune(self._folder / stage, self._kept.get(stage, NOTHING))
 
         on_first(conclude)
         if self._stop.asked():
@@ -247,7 +260,7 @@ class Journal(Progress):
     def _tidy(self) -> None:
         self._write()
         for stage in self._stages:  # where a run was killed before it could
-            shutil.rmtree(self._folder / stage, ignore_errors=True)
+            prune(self._folder / stage, self._kept.get(stage, NOTHING))
 
     def _write(self) -> None:
         self._folder.mkdir(exist_ok=True)
@@ -258,6 +271,7 @@ class Journal(Progress):
                 "log": dataclasses.asdict(self._finished),
                 "versions": versions(),
                 "digests": self._digests,
+                "kept": {stage: dataclasses.asdict(kept) for stage, kept in self._kept.items()},
             },
         )
 

@@ -57,7 +57,8 @@ def reward_stage(
     batches = shuffled(data.train, config.batch_size, seed)
     heldout = Heldout(in_order(data.heldout, config.batch_size), layout)
     history: list[dict[str, Any]] = list(run.progress.history("reward"))
-    training = Training("reward", {"batches": batches}, run.recipe.saving.every)
+    every, best = run.recipe.saving.every, "heldout_accuracy"
+    training = Training("reward", {"batches": batches}, every, best=best)
     with run.train(training, config.steps) as (stage, keeper):
 
         def told(step: int, metrics: Mapping[str, float], tokens: int) -> None:

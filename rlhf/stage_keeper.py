@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from glm_jax.keeper import NO_FACTS, Facts, Keeper
+from glm_jax.keeper import NO_FACTS, NO_METRICS, Facts, Keeper
 from glm_jax.weights import from_kept, to_kept
 from rlhf.runlog import Position
 from rlhf.stop import Stop, Stopped
@@ -43,6 +43,7 @@ class Training:
     iterators: Mapping[str, Iterates]  # of its data
     every: int  # updates or iterations from one save to the next; 0: none
     stride: int = 1  # numbers of snapshots to an update or iteration
+    best: str = ""  # the metric, the higher the better, by which saves are compared
 
 
 class StageKeeper(Keeper):
@@ -92,7 +93,12 @@ class StageKeeper(Keeper):
         return restored
 
     def keep(
-        self, tree: Any, count: int, facts: Facts | Callable[[], Facts] = NO_FACTS, within: int = 0
+        self,
+        tree: Any,
+        count: int,
+        facts: Facts | Callable[[], Facts] = NO_FACTS,
+        within: int = 0,
+        metrics: Mapping[str, float] = NO_METRICS,
     ) -> None:
         """See `Keeper`. Raises Stopped, after it has saved, where somebody asks for it."""
         asked = self._stop.asked()
@@ -107,7 +113,8 @@ class StageKeeper(Keeper):
             "iterators": {name: x.get_state() for name, x in training.iterators.items()},
             "log": dataclasses.asdict(self._position()),
         }
-        self.snapshots.save(count * training.stride + within, self._copied(tree), saved)
+        number, worth = count * training.stride + within, metrics.get(training.best)
+        self.snapshots.save(number, self._copied(tree), saved, worth)
         if asked:
             self.snapshots.wait()
             raise Stopped(f"at {training.name} {count}")

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sharding import checkpoint
 from sharding.disk.seal import broken, is_sealed, seal
 from sharding.errors import UserError
 from sharding.processes import on_first, told_by_first
+from sharding.retention import Retention
 
 PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
 STATE, FACTS = "state", "facts"  # what a snapshot consists of: arrays, and what JSON can hold
@@ -28,28 +29,39 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+class _Policy(managers.PreservationPolicy):
+    """Orbax asks which of the snapshots there are stay."""
+
+    def __init__(self, staying: Callable[[Sequence[int]], set[int]]) -> None:
+        self._staying = staying
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """In order of their steps."""
+        staying = self._staying([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in staying for checkpoint in checkpoints]
+
+
 class Snapshots:
     """The snapshots of one training. Use it in `with`: what is being written is finished at the end.
 
-    A snapshot appears whole, with a hash of every file in it (`sharding.disk.seal`), or not at all. The last
-    `keep_last` stay, at least two so that one that is damaged has another before it, and every `keep_every`-th.
-    Every process of a run must call every method, with a directory that all share.
+    A snapshot appears whole, with a hash of every file in it (`sharding.disk.seal`), or not at all. Those stay of
+    which `retention` says so; it had better keep the last two, in case that one is damaged. Every process of a run
+    must call every method, with a directory that all share.
     """
 
-    def __init__(self, directory: Path, keep_last: int = 2, keep_every: int | None = None) -> None:
+    def __init__(self, directory: Path, retention: Retention = Retention()) -> None:
         self.directory = directory.absolute()
+        self._retention = retention
         self._step = 0  # being written
-        kept: list[managers.PreservationPolicy] = [managers.LatestN(max(2, keep_last))]
-        if keep_every:
-            kept.append(managers.EveryNSteps(keep_every))
         on_first(self._clear)
+        self._worths = _worths(self.directory)
         with checkpoint.writing(self.directory):
             self._manager = _Manager(
                 self.directory,
                 item_names=(STATE, FACTS),
                 item_handlers={STATE: checkpoint.handler(), FACTS: ocp.JsonCheckpointHandler()},
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=managers.AnyPreservationPolicy(kept),
+                    preservation_policy=_Policy(self._staying),
                     async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
                 ),
             )
@@ -61,9 +73,12 @@ class Snapshots:
         with checkpoint.writing(self.directory):
             self._manager.close()
 
-    def save(self, step: int, tree: Any, facts: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, tree: Any, facts: Mapping[str, Any], worth: float | None = None
+    ) -> None:
         """Copy `tree` and `facts` and return; the copy is written in the background, after the one before it.
 
+        `worth` says how good it is, for the `retention` of the best, where that is known.
         Nobody else may change or donate the arrays of `tree`: on a CPU the copy is the array itself. Raises UserError
         where this snapshot, or the one before, cannot be written.
         """
@@ -72,7 +87,9 @@ class Snapshots:
             on_first(partial(self._require_room, tree))
             self._step = step
             state = checkpoint.save_args(tree)
-            args = ocp.args.Composite(state=state, facts=ocp.args.JsonSave(dict(facts)))
+            told = {"worth": worth, "facts": dict(facts)}
+            self._worths[step] = worth
+            args = ocp.args.Composite(state=state, facts=ocp.args.JsonSave(told))
             self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
@@ -107,11 +124,7 @@ class Snapshots:
 
     def facts(self, step: int) -> dict[str, Any]:
         """What was said at `step`. Raises UserError where it cannot be read."""
-        path = self.path(step) / FACTS / "metadata"
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
+        found: dict[str, Any] = _told(self.path(step))["facts"]
         return found
 
     def state(self, step: int) -> Path:
@@ -121,6 +134,9 @@ class Snapshots:
     def path(self, step: int) -> Path:
         """The folder of `step`."""
         return self.directory / str(step)
+
+    def _staying(self, steps: Sequence[int]) -> set[int]:
+        return self._retention.staying({step: self._worths.get(step) for step in steps})
 
     def _clear(self) -> None:
         # Orbax's own clearing goes on in the background
@@ -137,3 +153,35 @@ class Snapshots:
         # all is written, by every process, under a temporary name that Orbax replaces next
         (partial,) = self.directory.glob(f"{self._step}{PARTIAL}*")
         seal(partial)
+
+
+def prune(directory: Path, retention: Retention) -> None:
+    """Delete the snapshots in `directory`, where nobody is at work, that do not stay; also the folder if none does."""
+    worths = _worths(directory)
+    staying = retention.staying(worths)
+    if not staying:
+        shutil.rmtree(directory, ignore_errors=True)
+    for step in worths.keys() - staying:
+        shutil.rmtree(directory / str(step), ignore_errors=True)
+
+
+def _worths(directory: Path) -> dict[int, float | None]:
+    """Of every snapshot; None where it cannot be read."""
+    found: dict[int, float | None] = {}
+    for path in directory.glob("*/"):
+        if path.name.isdecimal():
+            try:
+                found[int(path.name)] = _told(path)["worth"]
+            except UserError:
+                found[int(path.name)] = None
+    return found
+
+
+def _told(directory: Path) -> dict[str, Any]:
+    """What `save` was told of a snapshot. Raises UserError where it cannot be read."""
+    path = directory / FACTS / "metadata"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return found

@@ -65,8 +65,19 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def bits(directory: Path) -> dict[str, Any]:
-    """What a finished run must have to the bit: weights, metrics, samples, figures, scores, pairs."""
+    """What a finished run must have to the bit: weights, metrics, samples, figures, scores, pairs; and of every
+    second step the optimizers' states, critic, KL coefficient and places in the data."""
     found: dict[str, Any] = {"metrics": metrics(directory)}
+    for path in sorted((directory / "state").glob("*/*/state/*/*")):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(directory))] = digest
+    for path in sorted((directory / "state").glob("*/*/facts/metadata")):
+        told = json.loads(path.read_text())
+        del told["facts"]["log"]
+        found[str(path.relative_to(directory))] = told
+    assert {"sft", "reward", "ppo", "dpo"} == {
+        path.name for path in (directory / "state").glob("*/")
+    }
     for path in sorted((directory / "checkpoints").glob("*/weights/*/*")):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         found[str(path.relative_to(directory))] = digest

@@ -15,6 +15,7 @@ from glm_jax.model import CausalLM, init_model
 from rlhf.cli import main
 from sharding.disk.lock import locked
 from sharding.layout import Layout
+from sharding.retention import Retention
 from sharding.snapshots import Snapshots
 
 
@@ -29,7 +30,7 @@ def run(model: CausalLM, small: GLMConfig, tmp_path: Path) -> Path:
     card = Card(small, default_form(small), Tokens(1, 0))
     with jax.set_mesh(Layout().mesh()):
         save_model(model, Layout(), card, tmp_path / "checkpoints" / "sft", lambda _: None)
-        with Snapshots(tmp_path / "state" / "ppo", keep_last=3) as snapshots:
+        with Snapshots(tmp_path / "state" / "ppo", Retention(3)) as snapshots:
             for step in (5, 10, 15):
                 snapshots.save(step, {"actor": jnp.arange(4.0)}, {})
     return tmp_path

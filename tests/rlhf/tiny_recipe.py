@@ -23,7 +23,7 @@ config = Recipe(
     model=GLMConfig(448, 32, 2, 4, 2, 8, 64, max_length=64),
     length=32,
     prompt_length=16,
-    saving=SavingConfig(every=2, every_iterations=1),
+    saving=SavingConfig(every=2, every_iterations=1, keep_every=2, keep_best=1),
     sft=SFTConfig(steps=8, batch_size=8),
     reward=RewardConfig(steps=8, batch_size=8, eval_every=3),
     ppo=PPOConfig(

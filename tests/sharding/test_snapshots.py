@@ -18,7 +18,8 @@ import sharding.snapshots
 from sharding import checkpoint
 from sharding.errors import UserError
 from sharding.layout import get_layout
-from sharding.snapshots import Snapshots
+from sharding.retention import Retention
+from sharding.snapshots import Snapshots, prune
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +64,25 @@ def test_a_snapshot_comes_back_with_its_facts(tmp_path: Path) -> None:
 
 
 def test_the_last_ones_stay_and_every_so_manieth(tmp_path: Path) -> None:
-    with Snapshots(tmp_path, keep_last=2, keep_every=4) as snapshots:
+    with Snapshots(tmp_path, Retention(2, every=4)) as snapshots:
         for step in range(1, 8):
             snapshots.save(step, tree(step), {})
         snapshots.wait()
         assert kept(tmp_path) == [4, 6, 7]
+
+
+def test_the_best_stay_although_a_training_went_on_from_there(tmp_path: Path) -> None:
+    worths = {1: 0.5, 2: 0.9, 3: None, 4: 0.7, 5: 0.9, 6: float("nan"), 7: 0.1, 8: None}
+    retention = Retention(2, best=2)
+    for steps in (range(1, 5), range(5, 9)):
+        with Snapshots(tmp_path, retention) as snapshots:
+            for step in steps:
+                snapshots.save(step, tree(step), {"n": step}, worths[step])
+    assert kept(tmp_path) == [2, 5, 7, 8]
+    prune(tmp_path, Retention(0, every=8, best=1))
+    assert kept(tmp_path) == [5, 8]
+    prune(tmp_path, Retention(0))
+    assert not tmp_path.exists()
 
 
 def test_a_clock_that_goes_back_does_not_make_a_snapshot_older(
@@ -78,7 +93,7 @@ def test_a_clock_that_goes_back_does_not_make_a_snapshot_older(
     monkeypatch.setattr(time, "time", lambda: 1.8e9 - 3600 * next(ticks))
     monkeypatch.setattr(time, "time_ns", lambda: int(1.8e18 - 3.6e12 * next(ticks)))
     for step in range(1, 6):
-        with Snapshots(tmp_path, keep_last=2) as snapshots:
+        with Snapshots(tmp_path) as snapshots:
             assert snapshots.newest(silent) == (step - 1 or None)
             snapshots.save(step, tree(step), {})
             snapshots.wait()

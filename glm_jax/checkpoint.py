@@ -31,7 +31,7 @@ from glm_jax.model import CausalLM
 from glm_jax.scalar import INIT, ScalarModel, head_of
 from glm_jax.weights import from_kept, kept_layout, to_kept
 from sharding import checkpoint
-from sharding.disk.directory import write_json
+from sharding.disk.directory import new_directory, write_json
 from sharding.disk.find import find_tensors
 from sharding.disk.seal import seal
 from sharding.errors import UserError
@@ -220,6 +220,29 @@ def resave(directory: Path, layout: Layout, out: Path) -> None:
         shutil.copytree(directory / "hf", hf, dirs_exist_ok=True)
 
     save_model(model, layout, card, out, copy_companions)
+
+
+def extract(state: Path, prefix: checkpoint.Keys, like: Path, head: Head, out: Path) -> None:
+    """The model at `prefix` of the Orbax tree `state` as a checkpoint, one array at a time on the host.
+
+    Its card, but for the head, and its companions are those of the checkpoint `like`. Raises UserError.
+    """
+    found = {
+        keys[len(prefix) :]: shape
+        for keys, shape in checkpoint.shapes(state).items()
+        if keys[: len(prefix)] == prefix
+    }
+    if not found:
+        raise UserError(f"{state} holds no {'.'.join(prefix)}")
+    card = dataclasses.replace(Card.read(like), head=head)
+    with new_directory(out) as partial_directory:
+        stacked = [keys for keys in found if "blocks" in keys]
+        leaves = checkpoint.create(partial_directory / "weights", found, stacked)
+        for keys, leaf in leaves.items():
+            leaf.write(checkpoint.open_leaf(state, (*prefix, *keys)).read())
+        card.write(partial_directory)
+        shutil.copytree(like / "hf", partial_directory / "hf")
+        seal(partial_directory)
 
 
 def _shapes(config: Config, head: Head, layout: Layout) -> CausalLM | ScalarModel:

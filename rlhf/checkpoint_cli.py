@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -56,6 +56,21 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
             keep_last: How many of every stage stay.
         """
         return partial(_prune, run, keep_last)
+
+    @checkpoint.command
+    def extract(
+        snapshot: tyro.conf.Positional[Path],
+        out: tyro.conf.Positional[Path],
+        role: Literal["actor", "critic"] = "actor",
+    ) -> Job:
+        """Make a checkpoint of the model in a snapshot, such as one that `saving.keep_best` has kept.
+
+        Args:
+            snapshot: A folder that `ls` lists with a step.
+            out: Directory to write, which must not exist.
+            role: Which model, of a snapshot of PPO.
+        """
+        return partial(_extract, snapshot, out, role)
 
     @checkpoint.command
     def reshard(
@@ -125,6 +140,14 @@ def _prune(run: Path, keep_last: int) -> None:
     _, tell = screen()
     for save in prune(run, keep_last):
         tell(f"deleted {_name(save)}: {save.path}")
+
+
+def _extract(snapshot: Path, out: Path, role: str) -> None:
+    from rlhf.saves import extract_model
+
+    extract_model(snapshot, role, out)
+    _, tell = screen()
+    tell(f"wrote {out}")
 
 
 def _name(save: "Save") -> str:

@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from glm_jax.checkpoint import extract
+from glm_jax.config import Head
 from rlhf.progress import FOLDER
 from sharding.disk.lock import locked
 from sharding.disk.seal import broken, is_sealed
 from sharding.errors import UserError
+from sharding.snapshots import STATE
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,25 @@ def prune(directory: Path, keep_last: int) -> list[Save]:
         for save in gone:
             shutil.rmtree(save.path)
     return gone
+
+
+def extract_model(save: Path, role: str, out: Path) -> None:
+    """The model of a snapshot as the checkpoint `out`; `role` says which, where there are several.
+
+    Raises UserError where `save` is no whole snapshot of a run, holds no such model, or `out` exists.
+    """
+    stage, run = save.parent.name, save.absolute().parents[2]
+    if problems := Save(stage, None, save).problems():
+        raise UserError(problems[0])
+    likes = [run / "checkpoints" / name for name in (stage, "sft", "reward")]
+    like = next((path for path in likes if path.is_dir()), None)
+    if like is None:
+        raise UserError(
+            f"{run} holds no checkpoint yet, whose tokenizer the model could take: wait until a stage is done"
+        )
+    prefix = (role, "model") if stage == "ppo" else ("model",)
+    scalar = stage == "reward" or role == "critic"
+    extract(save / STATE, prefix, like, Head.SCALAR if scalar else Head.VOCABULARY, out)
 
 
 def _folders(directory: Path) -> Iterator[Path]:

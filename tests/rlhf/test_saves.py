@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.checkpoint import Card, load_model, save_model
+from glm_jax.checkpoint import Card, load_model, load_scalar, save_model
 from glm_jax.config import GLMConfig
 from glm_jax.hf.config import Tokens, default_form
 from glm_jax.model import CausalLM, init_model
+from glm_jax.optim import OptimConfig, make_optimizer
+from glm_jax.scalar import init_scalar
+from glm_jax.train import init_state
+from glm_jax.weights import to_kept
 from rlhf.cli import main
 from sharding.disk.lock import locked
 from sharding.layout import Layout
@@ -99,9 +103,41 @@ def test_reshard_cuts_files_anew_and_changes_no_bit(
     assert main(["checkpoint", "reshard", str(source), str(out), *options]) == 1
 
 
+def test_the_model_of_a_snapshot_becomes_a_checkpoint(
+    run: Path,
+    model: CausalLM,
+    small: GLMConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    layout = Layout()
+    optimizer = make_optimizer(OptimConfig(), 1)
+    with jax.set_mesh(layout.mesh()):
+        critic = jax.jit(partial(init_scalar, small, layout))(jax.random.key(1))
+        learners = {"actor": init_state(model, optimizer), "critic": init_state(critic, optimizer)}
+        with Snapshots(run / "state" / "ppo") as snapshots:
+            snapshots.save(20, to_kept(learners, layout), {})
+        snapshot = run / "state" / "ppo" / "20"
+        command = ["checkpoint", "extract", str(snapshot)]
+        assert main([*command, str(tmp_path / "actor")]) == 0
+        assert main([*command, str(tmp_path / "critic"), "--role", "critic"]) == 0
+        found = load_model(tmp_path / "actor", layout), load_scalar(tmp_path / "critic", layout)
+        jax.tree.map(np.testing.assert_array_equal, found, (model, critic))
+    assert main([*command, str(tmp_path / "actor")]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert main(["checkpoint", "extract", str(run / "state/ppo/15"), str(tmp_path / "none")]) == 1
+    assert "holds no actor.model" in capsys.readouterr().err
+    (file,) = (snapshot / "state" / "actor.model.trunk.final_norm").glob("[0-9]*")
+    file.write_bytes(bytes(file.stat().st_size))
+    assert main([*command, str(tmp_path / "again")]) == 1
+    assert f"{file} has changed" in capsys.readouterr().err
+
+
 def test_a_folder_without_saves_is_one_clear_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in ("ls", "verify", "prune"):
         assert main(["checkpoint", command, str(tmp_path)]) == 1
         assert "give the folder of a run" in capsys.readouterr().err
+    assert main(["checkpoint", "extract", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "has no seal.json" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import random
 import runpy
 import shutil
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import sharding.snapshots
 from glm_jax.batch import Sequences
 from glm_jax.config import GLMConfig
 from glm_jax.keeper import Keeper
@@ -177,8 +179,10 @@ def train_six(
     layout_name: str,
     point: int | None = None,
     tell: Callable[[str], None] = pytest.fail,
+    every: int = 0,
+    report: Callable[[int], None] = lambda _: None,
 ) -> dict[str, np.ndarray] | None:
-    """Weights after six updates of SFT, or None where they were stopped."""
+    """Weights after six updates of SFT, each of which is reported, or None where they were stopped."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 64, (24, 16), dtype=np.int32)
     rows = Sequences(ids, np.ones_like(ids, bool), np.ones_like(ids, bool))
@@ -189,10 +193,12 @@ def train_six(
     batches = shuffled(rows, 8, 0)
     with jax.set_mesh(layout.mesh()):
         model = jax.jit(partial(init_model, config, layout))(jax.random.key(0))
-        with journal.keeper(Training("sft", {"batches": batches}, 0), layout) as keeper:
+        with journal.keeper(Training("sft", {"batches": batches}, every), layout) as keeper:
             try:
                 six = SFTConfig(steps=6, batch_size=8)
-                model = train_sft(model, six, batches, layout, lambda *_: None, keeper)
+                model = train_sft(
+                    model, six, batches, layout, lambda step, *_: report(step), keeper
+                )
             except Stopped:
                 return None
         return host_weights(model, layout)
@@ -224,6 +230,32 @@ def test_a_training_goes_on_under_another_layout(
     assert resumed is not None
     for name, weights in six_updates.items():
         np.testing.assert_allclose(resumed[name], weights, rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_a_training_does_not_wait_for_a_slow_disk(
+    small: GLMConfig,
+    six_updates: dict[str, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The snapshot of update 4 is not finished before update 6 is."""
+    may_finish, seal = threading.Event(), sharding.snapshots.seal
+    snapshot = tmp_path / "state" / "sft" / "4"
+
+    def slow(directory: Path) -> None:
+        assert may_finish.wait(120), "the training waits for the snapshot"
+        seal(directory)
+
+    def report(step: int) -> None:
+        assert not snapshot.exists()
+        if step == 6:
+            may_finish.set()
+
+    monkeypatch.setattr(sharding.snapshots, "seal", slow)
+    weights = train_six(small, tmp_path, "single", every=4, report=report)
+    assert weights is not None and snapshot.exists()
+    for name, expected in six_updates.items():
+        np.testing.assert_array_equal(weights[name], expected, err_msg=name)
 
 
 def test_a_damaged_journal_is_one_clear_line(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from sharding import checkpoint
+from sharding.background import give_way, writers_give_way_while
 from sharding.disk.seal import broken, is_sealed, seal
 from sharding.errors import UserError
 from sharding.processes import on_first, told_by_first
@@ -91,6 +92,7 @@ class Snapshots:
             self._worths[step] = worth
             args = ocp.args.Composite(state=state, facts=ocp.args.JsonSave(told))
             self._manager.save(step, args=args, force=True)
+            writers_give_way_while(self.is_saving)
 
     def wait(self) -> None:
         """Until everything is on disk. Raises UserError where it cannot be written."""
@@ -150,7 +152,8 @@ class Snapshots:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _seal(self) -> None:
-        # all is written, by every process, under a temporary name that Orbax replaces next
+        # all is written, by every process, under a temporary name that Orbax replaces next; in a thread of this save
+        give_way()
         (partial,) = self.directory.glob(f"{self._step}{PARTIAL}*")
         seal(partial)
 

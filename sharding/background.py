@@ -1,0 +1,37 @@
+"""Threads that write in the background give way to those that compute: Linux only, elsewhere nothing happens."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+LOWEST = 19  # as `nice` counts
+WRITERS = "ts_pool_worker"  # what Tensorstore calls the threads that copy and write
+PAUSE_SECONDS = 0.05
+
+
+def give_way() -> None:
+    """Let every other thread of this machine that wants a processor have it before the calling one, for good."""
+    _lower(threading.get_native_id())
+
+
+def writers_give_way_while(writing: Callable[[], bool]) -> None:
+    """The same for Tensorstore's threads, which come as they are needed, as long as `writing` says; returns at once."""
+
+    def usher() -> None:
+        give_way()
+        while writing():
+            for thread in Path("/proc/self/task").glob("*"):
+                with contextlib.suppress(OSError):  # it has ended
+                    if (thread / "comm").read_text().strip() == WRITERS:
+                        _lower(int(thread.name))
+            time.sleep(PAUSE_SECONDS)
+
+    threading.Thread(target=usher, name="usher", daemon=True).start()
+
+
+def _lower(thread: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, thread, LOWEST)

@@ -23,7 +23,7 @@ from glm_jax.model import CausalLM, init_model
 from glm_jax.scalar import ScalarModel
 from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer, load_tokenizer
 from glm_jax.train import Report
-from rlhf.data.prepare import builder_of, fingerprint, prepare
+from rlhf.data.prepare import build_tables, builder_of, fingerprint, open_tables
 from rlhf.data.records import Splits
 from rlhf.progress import NOT_KEPT, Progress
 from rlhf.recipe import BaseRecipe
@@ -77,9 +77,9 @@ class BaseRun:
         self.progress.require_same(
             "data", told_by_first(lambda: fingerprint(data, builder_of(data)))
         )
-        work = partial(prepare, self.recipe.data, self.directory / "data", tables, self.log.note)
-        written = on_first(work)
-        return together(lambda: written or work())
+        directory = self.directory / "data"
+        on_first(partial(build_tables, data, directory, tables, self.log.note))
+        return together(partial(open_tables, data, directory, tables))
 
     def require_same_models(self, **paths: Path | None) -> None:
         """Raise UserError where a model that the run is made of is no longer what it was when the run began."""

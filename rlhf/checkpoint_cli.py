@@ -22,7 +22,7 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
 
     @checkpoint.command
     def ls(run: tyro.conf.Positional[Path]) -> Job:
-        """List the checkpoints of a run, and the snapshots that it can go on from.
+        """List the checkpoints of a run, and the snapshots of its stages.
 
         Args:
             run: The output_dir of a run.
@@ -49,7 +49,7 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
 
     @checkpoint.command
     def prune(run: tyro.conf.Positional[Path], keep_last: int = 1) -> Job:
-        """Delete snapshots. Checkpoints of stages that are done stay.
+        """Delete snapshots. Checkpoints, and what `saving.keep_every` and `saving.keep_best` keep, stay.
 
         Args:
             run: The output_dir of a run, which nobody is at work in.

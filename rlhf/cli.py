@@ -122,11 +122,12 @@ def run_recipe(path: Path, options: Sequence[str]) -> None:
     # here and not above: JAX and matplotlib are slow to import, and --help has no use for them
     from jax.errors import JaxRuntimeError
 
+    from rlhf.outdir import Resume
     from rlhf.recipe import Recipe
     from rlhf.stop import Stopped
     from sharding.processes import is_first, peers_explained
 
-    recipe, how = _started("run", path, options)
+    recipe, how = _started("run", path, options, Resume())
     try:
         with peers_explained():
             _run(recipe, how) if isinstance(recipe, Recipe) else _run_reward(recipe, how)
@@ -150,7 +151,7 @@ def examine_recipe(path: Path, options: Sequence[str]) -> int:
     from rlhf.runlog import RunLog
     from sharding.processes import on_first, peers_explained
 
-    recipe, _ = _started("doctor", path, options)
+    (recipe,) = _started("doctor", path, options)
     if not isinstance(recipe, Recipe):
         raise UserError(f"{path}: a recipe of a reward model alone has no PPO to check")
     console = Console()
@@ -164,7 +165,7 @@ def replay_fault(path: Path, fault: Path, options: Sequence[str]) -> int:
     """Print what in a kept update is not finite; 1 where something is. Raises UserError."""
     from rlhf.replay import replay
 
-    recipe, _ = _started("replay", path, options)
+    (recipe,) = _started("replay", path, options)
     found = replay(recipe, fault)
     for name in found.weights:
         print(f"weights: {name} holds what is no number")
@@ -175,14 +176,12 @@ def replay_fault(path: Path, fault: Path, options: Sequence[str]) -> int:
     return int(bool(found.weights or found.rows))
 
 
-def _started(
-    command: str, path: Path, options: Sequence[str]
-) -> "tuple[Recipe | RewardRecipe, Resume]":
-    """The recipe with its fields overridden; devices and processes are there."""
+def _started(command: str, path: Path, options: Sequence[str], *others: Any) -> tuple[Any, ...]:
+    """The recipe and `others` with their fields overridden; devices and processes are there."""
     from rlhf.recipe import Recipe, RewardRecipe
     from sharding.host_memory import keep_freed_memory
     from sharding.layout import use_devices
-    from sharding.processes import start
+    from sharding.processes import Processes, start
 
     config, description = load_recipe(path)
     if not isinstance(config, Recipe | RewardRecipe):
@@ -190,12 +189,10 @@ def _started(
             f"{path}: config is a {type(config).__name__}: make it a rlhf.recipe.Recipe or RewardRecipe"
         )
     prog = f"glm-jax {command} {path}"
-    runs = command == "run"
-    recipe, processes, how = override(config, options, prog, description, goes_on=runs)
+    recipe, processes, *found = override(config, options, prog, description, Processes(), *others)
     keep_freed_memory()
-    use_devices(recipe.devices, start(processes, preemptible=runs))
-    found: Recipe | RewardRecipe = recipe
-    return found, how
+    use_devices(recipe.devices, start(processes, preemptible=command == "run"))
+    return recipe, *found
 
 
 def _run(recipe: "Recipe", how: "Resume") -> None:

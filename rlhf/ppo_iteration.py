@@ -1,6 +1,7 @@
 """An iteration of PPO (arXiv 2404.00934, section 3): the programs of `rlhf.ppo`, each compiled once."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,10 +97,12 @@ class Listener:
 UNHEARD = Listener()
 
 
-# the critic's metrics that the actor has as well, and their names in those of an iteration
-OF_CRITIC = {"loss": "critic_loss", "grad_norm": "critic_grad_norm"}
+Step = Callable[
+    [Learners, Models, Inputs, jax.Array, bool, Listener], tuple[Learners, dict[str, float], int]
+]
 
-Step = Callable[[Learners, Models, Inputs, jax.Array, bool], tuple[Learners, dict[str, float], int]]
+# metrics that both roles have, and their names in those of an iteration where they are the critic's
+OF_CRITIC = {"loss": "critic_loss", "grad_norm": "critic_grad_norm"}
 _taken = jax.jit(take_rows)
 
 
@@ -199,7 +202,7 @@ class Iteration:
                 rolled_out.experience,
                 index,
                 sft_batch,
-                partial(listener.skip, number + 1),
+                None if listener is UNHEARD else partial(listener.skip, number + 1),
             )
             updates.append(metrics)
             listener.midway(learners, Midway(rolled_out, updates))
@@ -211,9 +214,12 @@ class Iteration:
         experience: Experience,
         index: np.ndarray,
         sft_batch: Sequences | None,
-        skip: Callable[[str, Any, Any], bool],
+        skip: Callable[[str, Any, Any], bool] | None,
     ) -> tuple[Learners, Metrics]:
-        """An update of the critic and, with SFT data, of the actor; what is left out is counted and has no metrics."""
+        """An update of the critic and, with SFT data, of the actor; what is left out is counted and has no metrics.
+
+        Without `skip` nobody waits for the devices.
+        """
         actor, critic, kl_coef = learners
         by_role: dict[str, Metrics] = {}
         if critic is not None:
@@ -222,17 +228,17 @@ class Iteration:
             batch = (experience, index, sft_batch)
             actor, by_role["actor"] = self.update_actor(actor, batch)
         learners = Learners(actor, critic, kl_coef)
-        found, left_out = Metrics(), 0
-        for role, metrics in by_role.items():
-            if not bool(jnp.isfinite(metrics["grad_norm"])):
+        norms = {role: metrics["grad_norm"] for role, metrics in by_role.items()}
+        left_out = 0
+        for role, norm in (to_host(norms) if skip else {}).items():
+            if not math.isfinite(norm):
                 rows = _taken(experience, index)
-                rows = rows if role == "critic" else (rows, sft_batch)
-                if skip(role, getattr(learners, role).model, rows):
+                seen = rows if role == "critic" else (rows, sft_batch)
+                if skip and skip(role, getattr(learners, role).model, seen):
+                    del by_role[role]
                     left_out += 1
-                    continue
-            if role == "critic":
-                metrics = {OF_CRITIC.get(name, name): x for name, x in metrics.items()}
-            found |= metrics
+        found = {OF_CRITIC.get(name, name): x for name, x in by_role.pop("critic", {}).items()}
+        found |= by_role.get("actor", {})
         return learners, found | ({"skipped": jnp.float32(left_out)} if left_out else {})
 
     def _far(self, metrics: Mapping[str, jax.Array]) -> bool:

@@ -50,8 +50,8 @@ def train_ppo(
     """Actor and critic after `config.iterations` iterations; `baseline` holds r(x, y_ref) by prompt index (or 0).
 
     Batches of `prompts` have config.batch_size / config.samples rows. What `watched` makes of the iteration does the
-    first two in its place. `keeper` hears of every iteration, and within those that are not watched of every update;
-    there it may also leave updates out, whose gradient is not finite. They are numbered through all iterations.
+    first two in its place. `keeper` hears of every iteration, and within those that are not watched of every update; it
+    may leave updates out whose gradient is not finite, which are numbered through all iterations.
     """
     config.check(layout, sample.generation)
     updates = config.iterations * config.epochs * config.minibatches
@@ -63,7 +63,7 @@ def train_ppo(
     for number in range(keeper.count + 1, config.iterations + 1):
         learns = number > config.critic_warmup
         stream = jax.random.fold_in(key, number)
-        listener = _Listener(saves, number)
+        listener = _Saving(saves, number)
         if midway is not None:
             done = iterate.finish(learners, midway, sft_batches, stream, learns, listener)
             midway = None
@@ -71,7 +71,7 @@ def train_ppo(
             batch = next(prompts)
             inputs = Inputs(batch, baseline[np.asarray(batch.row)], sft_batches)
             if watched is not None and number <= 2:
-                done = closely(learners, models, inputs, stream, learns)
+                done = closely(learners, models, inputs, stream, learns, _Skipping(saves, number))
             else:
                 done = iterate(learners, models, inputs, stream, learns, listener)
         learners, metrics, tokens = done
@@ -80,18 +80,22 @@ def train_ppo(
     return learners.actor.model, None if learners.critic is None else learners.critic.model
 
 
-class _Listener(Listener):
-    """What hears how far iteration `number` is."""
+class _Skipping(Listener):
+    """Says whether to leave updates of iteration `number` out."""
 
     def __init__(self, saves: "_Saves", number: int) -> None:
         self._saves = saves
         self._number = number
 
-    def midway(self, learners: Learners, midway: Midway) -> None:
-        self._saves.keep_midway(self._number, learners, midway)
-
     def skip(self, update: int, role: str, model: Any, batch: Any) -> bool:
         return self._saves.skip(self._number, update, role, model, batch)
+
+
+class _Saving(_Skipping):
+    """The same, and saves the iteration on its way."""
+
+    def midway(self, learners: Learners, midway: Midway) -> None:
+        self._saves.keep_midway(self._number, learners, midway)
 
 
 class _Saves:

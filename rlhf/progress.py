@@ -1,8 +1,9 @@
 """How far a run is, on disk: the stages behind it, and snapshots of the one that it is in.
 
-    state/journal.json      stages that are done, with what they found; how much of the log belongs to them
-    faults/STAGE-STEP/      model and batch of an update whose gradient was not finite
-    state/STAGE/STEP/       a training on its way: arrays, iterators of data, how much of the log belongs to it
+    state/journal.json           stages that are done, with what they found; how much of the log belongs to them
+    state/STAGE/STEP/            a training on its way: arrays, iterators of data, how much of the log belongs to it;
+                                 of a stage that is done those that are kept for good
+    faults/STAGE-STEP[-ROLE]/    model and batch of an update whose gradient was not finite
 
 Whatever is not in there is computed again from the recipe, its seed and the checkpoints, to the same bits.
 """
@@ -11,6 +12,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -30,7 +32,7 @@ from sharding.snapshots import Snapshots, prune
 
 FOLDER = "state"
 JOURNAL = "journal.json"
-NOTHING = Retention(last=0)  # stays
+KEEP_NONE = Retention(last=0)
 LIBRARIES = ("glm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -42,9 +44,8 @@ class SavingConfig:
     every_iterations: int = 10  # iterations of PPO
     keep_last: int = 2  # saves of a stage that stay until it is done, at least 2
     keep_every: int | None = None  # updates, or iterations: saves at multiples of it stay for good
-    keep_best: int = (
-        0  # saves that stay for good: by held-out accuracy of the reward model, reward of PPO
-    )
+    # saves that stay for good, the best by held-out accuracy of the reward model and by reward of PPO
+    keep_best: int = 0
 
     def __post_init__(self) -> None:
         for name in ("every", "every_iterations"):
@@ -102,7 +103,7 @@ class Found:
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of what it is made of
     kept: Mapping[str, Retention] = dataclasses.field(
         default_factory=dict
-    )  # of stages that are done
+    )  # for good, of every stage
 
     @property
     def welcome(self) -> str:
@@ -148,8 +149,14 @@ def find(directory: Path, tell: Callable[[str], None]) -> Found:
         history,
         journal.get("versions", {}),
         journal.get("digests", {}),
-        {stage: Retention(**kept) for stage, kept in journal.get("kept", {}).items()},
+        kept_for_good(directory),
     )
+
+
+def kept_for_good(directory: Path) -> dict[str, Retention]:
+    """What of every stage's snapshots stays when it is done. Raises UserError where the journal is damaged."""
+    kept = _read(directory / FOLDER / JOURNAL).get("kept", {})
+    return {stage: Retention(**retention) for stage, retention in kept.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -218,8 +225,9 @@ class Journal(Progress):
     def keeper(self, training: Training, layout: Layout) -> StageKeeper:
         """See `Progress`."""
         saving, stage = self._saving, training.name
-        every = saving.keep_every and saving.keep_every * training.stride
-        self._kept[stage] = Retention(0, every, saving.keep_best)
+        every = math.lcm(saving.keep_every or 0, training.every) * training.stride
+        self._kept[stage] = Retention(0, every or None, saving.keep_best)
+        on_first(self._write)
         retention = dataclasses.replace(self._kept[stage], last=saving.keep_last)
         return StageKeeper(
             training,
@@ -238,7 +246,7 @@ class Journal(Progress):
 
         def conclude() -> None:
             self._write()
-            prune(self._folder / stage, self._kept.get(stage, NOTHING))
+            prune(self._folder / stage, self._kept.get(stage, KEEP_NONE))
 
         on_first(conclude)
         if self._stop.asked():
@@ -260,7 +268,7 @@ class Journal(Progress):
     def _tidy(self) -> None:
         self._write()
         for stage in self._stages:  # where a run was killed before it could
-            prune(self._folder / stage, self._kept.get(stage, NOTHING))
+            prune(self._folder / stage, self._kept.get(stage, KEEP_NONE))
 
     def _write(self) -> None:
         self._folder.mkdir(exist_ok=True)

@@ -5,15 +5,11 @@ import runpy
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
 from sharding.errors import UserError
-
-if TYPE_CHECKING:
-    from rlhf.outdir import Resume
-    from sharding.processes import Processes
 
 
 def load_recipe(path: Path) -> tuple[Any, str]:
@@ -40,37 +36,29 @@ def load_recipe(path: Path) -> tuple[Any, str]:
 
 
 def override(
-    config: Any, options: Sequence[str], prog: str, description: str, goes_on: bool = True
-) -> "tuple[Any, Processes, Resume]":
-    """`config`, a dataclass, with the fields that `options` name (`--ppo.kl.coef 0.1`) replaced.
+    config: Any, options: Sequence[str], prog: str, description: str, *others: Any
+) -> tuple[Any, ...]:
+    """`config`, a dataclass, with the fields that `options` name (`--ppo.kl.coef 0.1`) replaced; and `others`.
 
-    The others are what `options` say of the processes of a run - no field, for each process has its own number - and of
-    a run that is there already; nothing of the latter where a command does not go on with one.
+    Those are dataclasses too, of what is no field of a recipe, such as the number of a process among several.
     Prints the help of every field and exits with 0 on --help; a field that does not exist exits with 2 and
     names the nearest ones.
     """
-    from rlhf.outdir import Resume
-    from sharding.processes import Processes
-
     debug = tyro.conf.arg(help="Show the traceback of an error.")
     bare = tyro.conf.arg(name="")
-    resume = Annotated[Resume, bare if goes_on else tyro.conf.Fixed]
-    parser = dataclasses.make_dataclass(
-        "Options",
-        [
-            ("config", Annotated[type(config), bare]),
-            ("processes", tyro.conf.FlagCreatePairsOff[Annotated[Processes, bare]]),
-            ("resume", tyro.conf.FlagCreatePairsOff[resume]),
-            ("debug", tyro.conf.FlagCreatePairsOff[Annotated[bool, debug]]),
-        ],
-    )
+    groups = {type(other).__name__.lower(): other for other in others}
+    fields: list[tuple[str, Any]] = [("config", Annotated[type(config), bare])]
+    for name, other in groups.items():
+        fields.append((name, Annotated[type(other), bare, tyro.conf.FlagCreatePairsOff]))
+    fields.append(("debug", Annotated[bool, debug, tyro.conf.FlagCreatePairsOff]))
+    parser = dataclasses.make_dataclass("Options", fields)
     parsed: Any = tyro.cli(
         parser,
-        default=parser(config=config, processes=Processes(), resume=Resume(), debug=False),
+        default=parser(config=config, **groups, debug=False),
         prog=prog,
         description=description,
         args=list(options),
         # a field that may hold one of several dataclasses keeps the one that the recipe chose
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed),
+        config=(tyro.conf.AvoidSubcommands,),
     )
-    return parsed.config, parsed.processes, parsed.resume
+    return parsed.config, *(getattr(parsed, name) for name in groups)

@@ -1,20 +1,20 @@
-"""What the folder of a run has saved: checkpoints of its models, and snapshots of the stage that it is in."""
+"""What the folder of a run has saved: checkpoints of its models, and snapshots of its stages."""
 
-import shutil
+import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from glm_jax.checkpoint import extract
 from glm_jax.config import Head
-from rlhf.progress import FOLDER
+from rlhf.progress import FOLDER, kept_for_good
+from sharding import snapshots
 from sharding.disk.lock import locked
 from sharding.disk.seal import broken, is_sealed
 from sharding.errors import UserError
-from sharding.snapshots import STATE
+from sharding.retention import Retention
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Save:
     """A checkpoint or a snapshot."""
 
@@ -52,30 +52,32 @@ def saves(directory: Path) -> list[Save]:
 
 
 def prune(directory: Path, keep_last: int) -> list[Save]:
-    """Delete all but the last snapshots of every stage; returns those that are gone.
+    """Delete all but the last snapshots of every stage and those that are kept for good; returns those that are gone.
 
     Raises UserError where a process is at work in the run, or nothing is saved there.
     """
     if keep_last < 1:
         raise UserError(f"--keep-last {keep_last}: give 1 or more, or delete the folder of the run")
     with locked(directory, "stop it first"):
-        by_stage: dict[str, list[Save]] = {}
-        for save in saves(directory):
-            if save.step is not None:
-                by_stage.setdefault(save.stage, []).append(save)
-        gone = [save for stage in by_stage.values() for save in stage[:-keep_last]]
-        for save in gone:
-            shutil.rmtree(save.path)
-    return gone
+        found, kept = saves(directory), kept_for_good(directory)
+        for stage in {save.stage for save in found if save.step is not None}:
+            retention = dataclasses.replace(kept.get(stage, Retention()), last=keep_last)
+            snapshots.prune(directory / FOLDER / stage, retention)
+    return [save for save in found if not save.path.exists()]
 
 
 def extract_model(save: Path, role: str, out: Path) -> None:
-    """The model of a snapshot as the checkpoint `out`; `role` says which, where there are several.
+    """The model of a snapshot as the checkpoint `out`; `role` says which, of a snapshot of PPO.
 
     Raises UserError where `save` is no whole snapshot of a run, holds no such model, or `out` exists.
     """
-    stage, run = save.parent.name, save.absolute().parents[2]
-    if problems := Save(stage, None, save).problems():
+    save = save.absolute()
+    if not save.name.isdecimal() or save.parent.parent.name != FOLDER:
+        raise UserError(f"{save} is no snapshot: give a folder that `ls` lists with a step")
+    stage, run = save.parent.name, save.parents[2]
+    if role == "critic" and stage != "ppo":
+        raise UserError(f"{save} holds no critic: leave --role out, or give a snapshot of PPO")
+    if problems := Save(stage, int(save.name), save).problems():
         raise UserError(problems[0])
     likes = [run / "checkpoints" / name for name in (stage, "sft", "reward")]
     like = next((path for path in likes if path.is_dir()), None)
@@ -84,8 +86,8 @@ def extract_model(save: Path, role: str, out: Path) -> None:
             f"{run} holds no checkpoint yet, whose tokenizer the model could take: wait until a stage is done"
         )
     prefix = (role, "model") if stage == "ppo" else ("model",)
-    scalar = stage == "reward" or role == "critic"
-    extract(save / STATE, prefix, like, Head.SCALAR if scalar else Head.VOCABULARY, out)
+    head = Head.SCALAR if "critic" in prefix or stage == "reward" else Head.VOCABULARY
+    extract(save / snapshots.STATE, prefix, like, head, out)
 
 
 def _folders(directory: Path) -> Iterator[Path]:

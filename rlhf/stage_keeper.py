@@ -113,7 +113,9 @@ class StageKeeper(Keeper):
             "iterators": {name: x.get_state() for name, x in training.iterators.items()},
             "log": dataclasses.asdict(self._position()),
         }
-        number, worth = count * training.stride + within, metrics.get(training.best)
+        number = count * training.stride + within
+        # what is saved because somebody stopped the run is not what an undisturbed one would compare
+        worth = metrics.get(training.best) if due else None
         self.snapshots.save(number, self._copied(tree), saved, worth)
         if asked:
             self.snapshots.wait()

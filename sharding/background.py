@@ -1,7 +1,11 @@
-"""Threads that write in the background give way to those that compute: Linux only, elsewhere nothing happens."""
+"""Threads that write in the background give way to those that compute.
+
+On Linux alone a thread has a priority of its own; elsewhere nothing happens.
+"""
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +17,7 @@ PAUSE_SECONDS = 0.05
 
 
 def give_way() -> None:
-    """Let every other thread of this machine that wants a processor have it before the calling one, for good."""
+    """The calling thread gets little of a processor that another thread wants (nice 19), for good."""
     _lower(threading.get_native_id())
 
 
@@ -29,9 +33,11 @@ def writers_give_way_while(writing: Callable[[], bool]) -> None:
                         _lower(int(thread.name))
             time.sleep(PAUSE_SECONDS)
 
-    threading.Thread(target=usher, name="usher", daemon=True).start()
+    if sys.platform == "linux":
+        threading.Thread(target=usher, name="usher", daemon=True).start()
 
 
 def _lower(thread: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, thread, LOWEST)
+    if sys.platform == "linux":  # elsewhere the number may be that of a process
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, LOWEST)

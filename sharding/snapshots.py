@@ -88,11 +88,10 @@ class Snapshots:
             on_first(partial(self._require_room, tree))
             self._step = step
             state = checkpoint.save_args(tree)
-            told = {"worth": worth, "facts": dict(facts)}
             self._worths[step] = worth
-            args = ocp.args.Composite(state=state, facts=ocp.args.JsonSave(told))
-            self._manager.save(step, args=args, force=True)
-            writers_give_way_while(self.is_saving)
+            noted = ocp.args.JsonSave({"worth": worth, "facts": dict(facts)})
+            self._manager.save(step, args=ocp.args.Composite(state=state, facts=noted), force=True)
+            writers_give_way_while(lambda: self._step == step and self.is_saving())
 
     def wait(self) -> None:
         """Until everything is on disk. Raises UserError where it cannot be written."""
@@ -126,8 +125,8 @@ class Snapshots:
 
     def facts(self, step: int) -> dict[str, Any]:
         """What was said at `step`. Raises UserError where it cannot be read."""
-        found: dict[str, Any] = _told(self.path(step))["facts"]
-        return found
+        facts, _ = _noted(self.path(step))
+        return facts
 
     def state(self, step: int) -> Path:
         """The arrays of `step`: what `sharding.checkpoint.restore` and `shapes` read."""
@@ -174,17 +173,18 @@ def _worths(directory: Path) -> dict[int, float | None]:
     for path in directory.glob("*/"):
         if path.name.isdecimal():
             try:
-                found[int(path.name)] = _told(path)["worth"]
+                _, found[int(path.name)] = _noted(path)
             except UserError:
                 found[int(path.name)] = None
     return found
 
 
-def _told(directory: Path) -> dict[str, Any]:
-    """What `save` was told of a snapshot. Raises UserError where it cannot be read."""
+def _noted(directory: Path) -> tuple[dict[str, Any], float | None]:
+    """Facts and worth of a snapshot. Raises UserError where they cannot be read."""
     path = directory / FACTS / "metadata"
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        worth = noted["worth"]
+        return dict(noted["facts"]), None if worth is None else float(worth)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    return found

@@ -21,23 +21,31 @@ from rlhf.data.records import Split, Splits, require_examples
 from rlhf.data.reviews.builder import Reviews
 from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.data.storage import RECORD_TYPES, RecordsBuilder, StoredRecords
-from sharding.disk.directory import write_json
+from sharding.disk.directory import explained, write_json
 from sharding.disk.seal import broken, is_sealed, seal
 from sharding.errors import UserError
 
 NOTES = "notes.json"  # what was left out when the tables were built
 
 
+Data = ReviewsData | FilesData | PublicData | OracleData
+
+
 def prepare(
-    data: ReviewsData | FilesData | PublicData | OracleData,
+    data: Data,
     directory: Path,
     tables: Sequence[str] = tuple(RECORD_TYPES),
     tell: Tell = silent,
 ) -> Splits:
-    """Build the splits of some tables of `data` under `directory`, unless they are there, and open them.
+    """`build_tables`, then `open_tables`."""
+    build_tables(data, directory, tables, tell)
+    return open_tables(data, directory, tables)
 
-    A table that is not asked for is empty. `tell` receives a line for whatever was left out, also where it was built
-    before.
+
+def build_tables(data: Data, directory: Path, tables: Sequence[str], tell: Tell = silent) -> None:
+    """Build the splits of some tables of `data` under `directory`, unless they are there.
+
+    Nobody else may be at work there. `tell` receives a line for whatever was left out, also where it was built before.
 
     The folder's name is a digest of the configuration and of what the files say: another seed or
     an edited file gives another folder, and what is there is never stale. A table appears whole or
@@ -50,24 +58,30 @@ def prepare(
     root = directory / fingerprint(data, builder)
     notes: list[str] = []
     splits = functools.cache(lambda: require_examples(data.splits(notes.append), tables))
-    found = {name: _open(builder, name, root, splits, tell) for name in tables}
+    for name in tables:
+        _build(builder, name, root, splits, tell)
     if notes:
         write_json(root / NOTES, notes)
     for line in json.loads((root / NOTES).read_text("utf-8")) if (root / NOTES).exists() else ():
         tell(f"data: {line}")
+
+
+def open_tables(data: Data, directory: Path, tables: Sequence[str]) -> Splits:
+    """What `build_tables` has built; a table that is not asked for is empty."""
+    builder = builder_of(data)
+    root = directory / fingerprint(data, builder)
+    found = {name: _open(builder, name, root) for name in tables}
     return Splits(**{name: found.get(name, Split((), ())) for name in RECORD_TYPES})
 
 
-def builder_of(data: ReviewsData | FilesData | PublicData | OracleData) -> type[RecordsBuilder]:
+def builder_of(data: Data) -> type[RecordsBuilder]:
     """What builds the tables of `data`."""
     if isinstance(data, ReviewsData):
         return Reviews
     return Oracle if isinstance(data, OracleData) else Files
 
 
-def fingerprint(
-    data: ReviewsData | FilesData | PublicData | OracleData, builder: type[RecordsBuilder]
-) -> str:
+def fingerprint(data: Data, builder: type[RecordsBuilder]) -> str:
     """Twelve hexadecimal digits that name the data set."""
     paths = data.paths()
     read = {name.split()[0] for name in paths}  # by content, wherever they are
@@ -84,27 +98,35 @@ def fingerprint(
     return digest.hexdigest()[:12]
 
 
-def _open(
+def _build(
     builder: type[RecordsBuilder],
     name: str,
     root: Path,
     splits: Callable[[], Splits],
     tell: Tell,
-) -> Split:
-    """One table, built first if need be, without the bars and lines that TFDS shows."""
-    tfds.disable_progress_bar()
-    make = functools.partial(builder, splits=splits, config=name, data_dir=root)
-    directory = Path(make().data_path)
+) -> None:
+    """One table, unless it is there and whole, without the bars and lines that TFDS shows."""
+    directory = root / builder.name / name / str(builder.VERSION)
     problems = broken(directory) if is_sealed(directory) else []
+    if is_sealed(directory) and not problems:
+        return
     if problems:
         tell(f"data: {problems[0]}: it is built again")
-    if problems or not is_sealed(directory):
-        shutil.rmtree(directory, ignore_errors=True)
-    table = make()  # which looks at what is there
-    if not is_sealed(directory):
-        with contextlib.redirect_stdout(io.StringIO()):
-            table.download_and_prepare()
-        seal(directory)
+    with explained(directory):
+        if directory.exists():
+            shutil.rmtree(directory)
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder(splits=splits, config=name, data_dir=root).download_and_prepare()
+    seal(directory)
+
+
+def _open(builder: type[RecordsBuilder], name: str, root: Path) -> Split:
+    table = builder(splits=_built, config=name, data_dir=root)
     return Split(
         *(StoredRecords(table.as_data_source(side), RECORD_TYPES[name]) for side in Split._fields)
     )
+
+
+def _built() -> Splits:
+    raise AssertionError("a table that is to be opened has not been built")

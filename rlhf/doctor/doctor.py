@@ -13,7 +13,16 @@ from rlhf.doctor.checks import OF_ROLLOUT, OF_UPDATE
 from rlhf.doctor.evidence import Learnt, Setting, gather
 from rlhf.doctor.finding import Finding
 from rlhf.ppo import Models, PPOConfig
-from rlhf.ppo_iteration import Inputs, Iteration, Learners, Midway, current_models, minibatches
+from rlhf.ppo_iteration import (
+    UNHEARD,
+    Inputs,
+    Iteration,
+    Learners,
+    Listener,
+    Midway,
+    current_models,
+    minibatches,
+)
 from sharding.errors import UserError
 from sharding.fingerprint import fingerprint
 
@@ -45,6 +54,7 @@ class Doctor:
         inputs: Inputs,
         key: jax.Array,
         actor_learns: bool = True,
+        listener: Listener = UNHEARD,
     ) -> tuple[Learners, dict[str, float], int]:
         """The iteration. Raises UserError where it is strict and a check fails."""
         sample_key, shuffle_key = jax.random.split(key)
@@ -59,7 +69,12 @@ class Doctor:
             self._note(name, check(evidence))
         self._conclude()
         learners, updates = iterate.learn(
-            learners, Midway(rolled_out, []), inputs.sft_batches, shuffle_key, actor_learns
+            learners,
+            Midway(rolled_out, []),
+            inputs.sft_batches,
+            shuffle_key,
+            actor_learns,
+            listener,
         )
         after = _prints(models, learners)
         learn = [name for name in ("actor", "critic") if name in after]

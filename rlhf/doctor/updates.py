@@ -11,7 +11,7 @@ from rlhf.doctor.finding import Finding, judged
 def ratio(e: Evidence, learnt: Learnt) -> Finding:
     """The first update begins with the policy that sampled: its ratio is 1 at every token."""
     if "ratio_max" not in learnt.first:
-        return Finding("skip", "the actor does not learn in this iteration (ppo.critic_warmup)")
+        return Finding("skip", "the actor did not learn in the first update (ppo.critic_warmup)")
     gap = max(abs(learnt.first[name] - 1.0) for name in ("ratio_mean", "ratio_max"))
     return judged(
         gap,
@@ -34,7 +34,7 @@ def loss_normalisation(e: Evidence, learnt: Learnt) -> Finding:
     gaps = []
     if "policy_loss" in learnt.first:
         gaps.append(abs(learnt.first["policy_loss"] + mean(x.advantages)))
-    if x.values is not None and x.returns is not None:
+    if "value_loss" in learnt.first and x.values is not None and x.returns is not None:
         squares = (x.values.astype(np.float64) - x.returns) ** 2
         gaps.append(abs(learnt.first["value_loss"] - 0.5 * mean(squares)))
     scale = max(1.0, float(np.abs(x.advantages[rows][counts]).max(initial=0.0)))

@@ -29,7 +29,7 @@ from rlhf.recipe_file import override
 from rlhf.trials.models import tiny
 from sharding.errors import UserError
 from sharding.layout import Layout, get_layout, use_devices
-from sharding.processes import fetch, is_first, peers_explained, start, together
+from sharding.processes import Processes, fetch, is_first, peers_explained, start, together
 
 CONFIG = tiny(PRESETS["chatglm3-6b"])
 
@@ -104,7 +104,7 @@ def fail() -> None:
 
 def main(out: Path, jobs: str, devices: int, options: list[str]) -> None:
     """Join the other processes and do the jobs."""
-    _, processes, _ = override(CONFIG, options, prog="", description="")
+    _, processes = override(CONFIG, options, "", "", Processes())
     use_devices(devices, start(processes))
     for name in jobs.split(","):
         job, _, layout = name.partition(":")

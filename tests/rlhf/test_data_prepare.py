@@ -62,23 +62,24 @@ def test_conversations_survive_storage(tmp_path: Path) -> None:
     assert stored.sft.train[0].prompt[:2] == tuple(talk)
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("pattern", ["*-train.array_record*", "*-heldout.*", "*.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
 def test_a_table_that_is_damaged_is_built_again(
-    whole: bool, reviews_data: ReviewsData, tmp_path: Path
+    damage: str, pattern: str, reviews_data: ReviewsData, tmp_path: Path
 ) -> None:
-    """A bit has flipped in a shard, or a shard was cut short."""
+    """A bit has flipped in a file of it, or one was cut short."""
     root = tmp_path / "data"
     first = [list(side) for split in prepare(reviews_data, root) for side in split]
-    (shard,) = root.rglob("*/sft/*/*-train.array_record*")
+    shard = next(path for path in root.rglob(f"*/sft/*/{pattern}") if path.name != "seal.json")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
-    shard.write_bytes(content if whole else content[:-100])
+    shard.write_bytes(content if damage == "flipped" else content[:-100])
     told: list[str] = []
     again = [
         list(side) for split in prepare(reviews_data, root, tell=told.append) for side in split
     ]
     assert again == first
-    what = "has changed" if whole else f"has {len(content) - 100:,} bytes instead of"
+    what = "has changed" if damage == "flipped" else f"has {len(content) - 100:,} bytes instead of"
     (line,) = (line for line in told if str(shard) in line)
     assert line.startswith(f"data: {shard} {what}") and line.endswith(": it is built again")
     prepare(reviews_data, root, tell=pytest.fail)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import random
 import runpy
 import shutil
@@ -27,6 +28,7 @@ from glm_jax.keeper import Keeper
 from glm_jax.model import init_model
 from glm_jax.weights import host_weights
 from rlhf.data.batches import shuffled
+from rlhf.ppo_run import MOMENTS
 from rlhf.progress import Journal, SavingConfig, find
 from rlhf.recipe import Recipe
 from rlhf.recipe_file import load_recipe
@@ -97,6 +99,33 @@ def test_a_run_stopped_in_every_stage_ends_in_the_same_bits(whole: Path, tmp_pat
         assert go_on(recipe, point) == where
     assert go_on(recipe) == "done"
     assert runs.bits(recipe.output_dir) == runs.bits(whole)
+
+
+def test_what_is_kept_for_good_is_every_second_and_the_best(whole: Path) -> None:
+    by_stage: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in runs.metrics(whole):
+        by_stage.setdefault(line["stage"], {})[line["step"]] = line
+    for stage, metric, moments in (
+        ("reward", "heldout_accuracy", 1),
+        ("ppo", "reward", MOMENTS),
+        ("sft", "none", 1),
+    ):
+        kept = {int(path.name): path for path in (whole / "state" / stage).iterdir()}
+        worths = {step: line.get(metric) for step, line in by_stage[stage].items()}
+        for number, path in kept.items():
+            noted = json.loads((path / "facts" / "metadata").read_text())
+            assert noted["worth"] == worths[number // moments]
+        # snapshots are made of every second update, and of every iteration
+        saved = [step for step in worths if moments > 1 or step % 2 == 0]
+        known = [step for step in saved if worths[step] is not None]
+        best = max(known, key=lambda step: (worths[step], step), default=saved[-1])
+        expected = {*(step for step in saved if step % 2 == 0), best}
+        assert kept.keys() == {step * moments for step in expected}, stage
+    assert [step for step, line in by_stage["reward"].items() if "heldout_accuracy" in line] == [
+        3,
+        6,
+        8,
+    ]
 
 
 @pytest.mark.slow

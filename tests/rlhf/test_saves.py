@@ -1,5 +1,6 @@
 """`glm-jax checkpoint`: what a run has saved, told, checked, pruned and cut anew."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -84,8 +85,14 @@ def test_prune_leaves_the_last(run: Path, capsys: pytest.CaptureFixture[str]) ->
     with locked(run, ""):
         assert main(["checkpoint", "prune", str(run)]) == 1
     assert "is in use by process" in capsys.readouterr().err
+    kept = {"ppo": {"last": 0, "every": 5, "best": 0}}
+    (run / "state" / "journal.json").write_text(json.dumps({"kept": kept}))
+    assert main(["checkpoint", "prune", str(run)]) == 0
+    assert capsys.readouterr().out == ""  # all are kept for good
+    (run / "state" / "journal.json").unlink()
     assert main(["checkpoint", "prune", str(run), "--keep-last", "2"]) == 0
     assert [x.name for x in sorted((run / "state" / "ppo").iterdir())] == ["10", "15"]
+    assert capsys.readouterr().out == f"deleted ppo 5: {run / 'state' / 'ppo' / '5'}\n"
     assert (run / "checkpoints" / "sft").exists()
     assert main(["checkpoint", "prune", str(run), "--keep-last", "0"]) == 1
 
@@ -127,6 +134,21 @@ def test_the_model_of_a_snapshot_becomes_a_checkpoint(
     assert "exists" in capsys.readouterr().err
     assert main(["checkpoint", "extract", str(run / "state/ppo/15"), str(tmp_path / "none")]) == 1
     assert "holds no actor.model" in capsys.readouterr().err
+    for save, told in (
+        ("state/sft/4", "holds no critic: leave --role out"),
+        ("checkpoints/sft", "is no snapshot: give a folder that `ls` lists with a step"),
+    ):
+        command = [
+            "checkpoint",
+            "extract",
+            str(run / save),
+            str(tmp_path / "x"),
+            "--role",
+            "critic",
+        ]
+        assert main(command) == 1
+        assert told in capsys.readouterr().err
+    command = ["checkpoint", "extract", str(snapshot)]
     (file,) = (snapshot / "state" / "actor.model.trunk.final_norm").glob("[0-9]*")
     file.write_bytes(bytes(file.stat().st_size))
     assert main([*command, str(tmp_path / "again")]) == 1
@@ -140,4 +162,4 @@ def test_a_folder_without_saves_is_one_clear_line(
         assert main(["checkpoint", command, str(tmp_path)]) == 1
         assert "give the folder of a run" in capsys.readouterr().err
     assert main(["checkpoint", "extract", str(tmp_path), str(tmp_path / "out")]) == 1
-    assert "has no seal.json" in capsys.readouterr().err
+    assert "is no snapshot" in capsys.readouterr().err

@@ -85,6 +85,22 @@ def test_the_best_stay_although_a_training_went_on_from_there(tmp_path: Path) ->
     assert not tmp_path.exists()
 
 
+@pytest.mark.parametrize("content", ['{"facts": {}}', "[]", "{", '{"worth": "x", "facts": {}}'])
+def test_facts_that_are_damaged_do_not_keep_others_from_being_read(
+    content: str, tmp_path: Path
+) -> None:
+    with Snapshots(tmp_path) as snapshots:
+        snapshots.save(1, tree(1), {"n": 1})
+        snapshots.save(2, tree(2), {"n": 2})
+    (tmp_path / "2" / "facts" / "metadata").write_text(content)
+    told: list[str] = []
+    with Snapshots(tmp_path) as snapshots:
+        assert snapshots.newest(told.append) == 1
+        with pytest.raises(UserError, match=f"cannot read {tmp_path}/2/facts/metadata"):
+            snapshots.facts(2)
+    assert len(told) == 1
+
+
 def test_a_clock_that_goes_back_does_not_make_a_snapshot_older(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

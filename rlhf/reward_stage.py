@@ -59,6 +59,10 @@ def reward_stage(
     history: list[dict[str, Any]] = list(run.progress.history("reward"))
     every, best = run.recipe.saving.every, "heldout_accuracy"
     training = Training("reward", {"batches": batches}, every, best=best)
+    if run.recipe.saving.keep_best and not config.eval_every:
+        run.log.note(
+            "reward: saving.keep_best has nothing to go by before the last update: set reward.eval_every"
+        )
     with run.train(training, config.steps) as (stage, keeper):
 
         def told(step: int, metrics: Mapping[str, float], tokens: int) -> None:

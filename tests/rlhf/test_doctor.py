@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ import rlhf.ppo_iteration
 from glm_jax.batch import Sequences
 from glm_jax.config import PRESETS
 from glm_jax.generate import SamplingConfig
+from glm_jax.metrics import Metrics
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.sampler import Loan, Sampler
 from glm_jax.train import TrainState
@@ -32,6 +34,7 @@ from rlhf.doctor.evidence import Setting
 from rlhf.doctor.finding import Finding
 from rlhf.kl import KLConfig
 from rlhf.ppo import PPOConfig
+from rlhf.ppo_iteration import Listener
 from rlhf.trials.models import ANSWER, STOP_IDS, tiny
 from rlhf.trials.ppo import PLAIN, small_ppo
 from sharding.errors import UserError
@@ -111,6 +114,34 @@ def test_the_doctor_stops_a_run_before_anything_is_learnt(monkeypatch: Patch) ->
         with pytest.raises(UserError, match=line):
             doctor(learners, models, inputs(0), jax.random.key(0))
     unused.assert_not_called()
+
+
+class Lenient(Listener):
+    """Leaves every update out whose gradient is not finite."""
+
+    def __init__(self) -> None:
+        self.left_out: list[tuple[int, str]] = []
+
+    def skip(self, update: int, role: str, model: Any, batch: Any) -> bool:
+        self.left_out.append((update, role))
+        return True
+
+
+def test_an_update_may_be_left_out_while_the_doctor_looks() -> None:
+    layout = Layout()
+    with jax.set_mesh(layout.mesh()):
+        iterate, models, learners, inputs = small_ppo(CONFIG, PLAIN, OPTIMIZERS, layout)
+
+        def not_finite(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            return state, {"grad_norm": jnp.float32(jnp.nan), "loss": jnp.float32(jnp.nan)}
+
+        iterate = dataclasses.replace(iterate, update_critic=not_finite)
+        doctor = Doctor(iterate, Setting(PLAIN, STOP_IDS, STOP_IDS[0], 1e-4, False), strict=False)
+        listener, key = Lenient(), jax.random.key(0)
+        _, figures, _ = doctor(learners, models, inputs(0), key, True, listener)
+    assert listener.left_out == [(1, "critic"), (2, "critic")]
+    assert figures["skipped"] == 2.0 and all(map(math.isfinite, figures.values()))
+    assert failed(doctor.findings) == {"learning"}  # the critic did not learn, which is true
 
 
 # bugs; each says where it was seen or what it would do to a user

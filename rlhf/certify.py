@@ -15,9 +15,10 @@ import numpy as np
 from glm_jax.config import Config
 from glm_jax.weights import host_weights
 from rlhf.trials.jobs import JOBS
+from sharding.collectives import count_collectives
 from sharding.compile import compiled_programs
-from sharding.cost import count_collectives
 from sharding.errors import UserError
+from sharding.hlo import read
 from sharding.layout import Layout, spell_layout
 from sharding.pipeline import bubble_fraction
 
@@ -102,7 +103,7 @@ def train(job: str, config: Config, rows: int, layout: Layout) -> Trained:
         gradients,
         weights,
         recompiles,
-        sum((count_collectives(program.as_text()) for program in programs), Counter()),
+        sum((count_collectives(read(program)) for program in programs), Counter()),
         max(program.memory_analysis().temp_size_in_bytes for program in programs),
     )
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,11 @@ from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.train import init_state
 from rlhf.sft import sft_update
 from rlhf.trials.models import tiny
-from sharding.cost import count_collectives, loop_bodies
+from sharding.collectives import count_collectives
+from sharding.flops import flops
+from sharding.hlo import read
 from sharding.layout import Layout, get_layout
+from sharding.loops import walk
 
 CONFIG = tiny(PRESETS["chatglm3-6b"])
 SPLIT_BY_FSDP = 7  # weights of a layer: q, k, v, o, gate, up, down
@@ -45,15 +49,46 @@ def _compiled(layout: Layout, config: Config = CONFIG) -> Any:
 def test_nothing_is_gathered_where_weights_are_whole_or_split_by_what_they_compute(
     name: str,
 ) -> None:
-    counts = count_collectives(_compiled(get_layout(name, 8)).as_text())
+    counts = count_collectives(read(_compiled(get_layout(name, 8))))
     assert counts["all-gather"] == 0, counts
     assert counts["all-reduce"] > 0
 
 
 def test_fsdp_gathers_a_layer_once_forward_and_once_backward() -> None:
-    text = _compiled(get_layout("fsdp", 8)).as_text()
-    gathers = [count_collectives(body)["all-gather"] for body in loop_bodies(text)]
-    assert sorted(n for n in gathers if n) == [SPLIT_BY_FSDP, SPLIT_BY_FSDP]
+    gathers = Counter(
+        visit.within
+        for visit in walk(read(_compiled(get_layout("fsdp", 8))))
+        if visit.instruction.opcode == "all-gather" and visit.times == CONFIG.num_layers
+    )
+    assert list(gathers.values()) == [SPLIT_BY_FSDP, SPLIT_BY_FSDP]
+
+
+@pytest.mark.parametrize(
+    ("layout", "share"),
+    [
+        (Layout(), 1.0),
+        (Layout(fsdp=8), 1 / 8),
+        (Layout(remat="full"), 1.0),
+        # six slots for five layers, three ticks for two microbatches: identities and bubbles are computed too
+        (Layout(pipe=2, microbatches=2), 6 / 5 * 3 / 2 / 2),
+        (Layout(pipe=2, data=2, microbatches=4), 6 / 5 * 5 / 4 / 4),
+    ],
+)
+def test_every_product_of_an_update_is_known_by_hand(layout: Layout, share: float) -> None:
+    assert isinstance(CONFIG, GLMConfig)
+    c, tokens = CONFIG, ROWS * LENGTH
+    heads, groups = c.num_heads * c.head_dim, c.num_kv_groups * c.head_dim
+    down = c.hidden_size * c.ffn_size
+    products = 2 * tokens * (2 * c.hidden_size * (heads + groups) + 3 * down)
+    attention = 2 * tokens * LENGTH * heads  # of queries with keys, and as much with values
+    head = 2 * tokens * c.hidden_size * layout.padded(c.vocab_size, "vocab")
+    layer = 3 * (products + 2 * attention) + attention  # whose probabilities are computed again
+    if layout.remat == "full":  # and all else but what the last product gives
+        layer += products - 2 * tokens * down + attention
+    expected = c.num_layers * layer * share + 3 * head / layout.ways("batch") / layout.ways("vocab")
+    module = read(_compiled(layout))
+    found = sum(flops(x.computation, x.instruction) * x.times for x in walk(module))
+    assert found == expected
 
 
 @pytest.mark.parametrize("name", ["single", "fsdp_tp", "pp_dp_tp"])

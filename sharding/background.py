@@ -34,7 +34,8 @@ def writers_give_way_while(writing: Callable[[], bool]) -> None:
             time.sleep(PAUSE_SECONDS)
 
     if sys.platform == "linux":
-        threading.Thread(target=usher, name="usher", daemon=True).start()
+        # no daemon: one that wakes up while Python ends would take the process with it
+        threading.Thread(target=usher, name="usher").start()
 
 
 def _lower(thread: int) -> None:

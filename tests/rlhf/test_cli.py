@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf.cli import main
 from rlhf.progress import Progress
@@ -16,7 +19,7 @@ from rlhf.recipe import Recipe
 from rlhf.recipe_file import load_recipe, override
 from rlhf.runlog import RunLog
 from sharding.errors import UserError
-from sharding.layout import use_devices
+from sharding.layout import Layout, use_devices
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO = REPOSITORY / "configs" / "demo.py"
@@ -283,6 +286,34 @@ def test_help_does_not_wait_for_jax() -> None:
         check=False,
     )
     assert done.returncode == 0
+
+
+def test_the_cost_of_a_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout, report = Layout(data=8), tmp_path / "cost.json"
+    with jax.set_mesh(layout.mesh()):
+        x = layout.put(np.ones((16, 32), np.float32))
+        weights = jax.device_put(
+            jnp.ones((3, 32, 32)), NamedSharding(layout.mesh(), PartitionSpec())
+        )
+
+        def loss(weights: jax.Array) -> jax.Array:
+            return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0])
+
+        text = jax.jit(jax.grad(loss)).lower(weights).compile().as_text()
+    assert text is not None
+    path = tmp_path / "f.hlo"
+    path.write_text(text)
+    assert main(["cost", str(path), "--json", str(report)]) == 0
+    screen = capsys.readouterr().out
+    found = json.loads(report.read_text())
+    # forward, and two products backward, of the two rows of a device
+    assert found["flops"] == 3 * 3 * 2 * 2 * 32 * 32
+    assert sorted(loop["trips"] for loop in found["while_loops"]) == [3, 3]
+    reduced = [x for x in found["collectives"] if x["kind"] == "all-reduce" and x["group"] == 8]
+    assert sum(x["times"] * x["sent_bytes"] for x in reduced) == 2 * (3 * 32 * 32 * 4) * 7 // 8
+    assert f"on 8 devices: of each {found['flops']:,} FLOPs of products" in screen
+    assert main(["cost", str(tmp_path / "absent.hlo")]) == 1
+    assert "cannot read" in capsys.readouterr().err
 
 
 def test_the_demo_recipe_is_one() -> None:

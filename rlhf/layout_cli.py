@@ -294,7 +294,7 @@ def _cost(path: Path, json: Path | None) -> None:
             row = rows.setdefault((x.kind, x.group_size), [0, 0, 0])
             for place, number in enumerate((1, x.times, x.times * x.sent_bytes)):
                 row[place] += number
-        table = Table("collective", "devices of a group", "instructions", "runs", "bytes sent")
+        table = Table("collective", "group", "instructions", "runs", "bytes sent")
         for (kind, size), numbers in sorted(rows.items()):
             table.add_row(kind, str(size), *(f"{number:,}" for number in numbers))
         console.print(table)
@@ -304,12 +304,16 @@ def _cost(path: Path, json: Path | None) -> None:
     )
     if unknown := [loop.name for loop in found.loops if loop.trips is None]:
         console.print(f"rounds not known, counted once: {', '.join(unknown)}")
+    if found.kernels:
+        runs = ", ".join(f"{target} ({runs:,})" for target, runs in found.kernels.items())
+        console.print(f"custom calls (runs), whose products are not known: {runs}")
     if json is not None:
         report = {
             "program": module.name,
             "devices": module.num_partitions,
             "flops": found.flops,
             "sent_bytes": found.sent_bytes,
+            "custom_calls": dict(found.kernels),
             "while_loops": [dataclasses.asdict(loop) for loop in found.loops],
             "collectives": [
                 {

@@ -3,11 +3,13 @@
 import dataclasses
 import gzip
 import zlib
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from sharding.collectives import Collective, collectives
 from sharding.errors import UserError
-from sharding.flops import flops
+from sharding.flops import flops, kernel
 from sharding.hlo import Module, parse
 from sharding.loops import trips, walk
 
@@ -27,9 +29,10 @@ class Loop:
 class Cost:
     """Of one run, for one device."""
 
-    flops: int  # of matrix products
+    flops: int  # of matrix products; those of `kernels` are not known
     loops: tuple[Loop, ...]
     collectives: tuple[Collective, ...]
+    kernels: Mapping[str, int]  # targets of custom calls -> runs
 
     @property
     def sent_bytes(self) -> int:
@@ -39,13 +42,15 @@ class Cost:
 
 def cost(module: Module) -> Cost:
     """Read from the program's text; every loop's body counts as often as it runs."""
-    products, loops = 0, []
+    products, loops, kernels = 0, [], Counter[str]()
     for visit in walk(module):
         x = visit.instruction
         products += visit.times * flops(visit.computation, x)
         if x.opcode == "while":
             loops.append(Loop(x.name, trips(module, visit.computation, x), visit.times))
-    return Cost(products, tuple(loops), tuple(collectives(module)))
+        if target := kernel(x):
+            kernels[target] += visit.times
+    return Cost(products, tuple(loops), tuple(collectives(module)), kernels)
 
 
 def read_file(path: Path) -> Module:

@@ -8,18 +8,46 @@ import numpy as np
 
 from sharding.hlo import Computation, Instruction, Shape
 
+_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _WINDOW = re.compile(r"(\w+)=([\d_x\-]+)")
 
 
+# calls of the compilers' own that multiply nothing
+PLAIN_CALLS = (
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollectiveDone",
+    "AsyncCollectiveStart",
+    "ConcatBitcast",
+)
+
+
 def flops(computation: Computation, x: Instruction) -> int:
-    """Of a `dot` or `convolution` once; 0 of anything else, what it calls not counted."""
+    """Of a `dot`, a `convolution` or a call of cuBLAS once; 0 of anything else, what it calls not counted."""
     if x.opcode == "dot":
         lhs = _shape(computation, x.operands[0])
         contracted = (lhs.dims[d] for d in x.numbers("lhs_contracting_dims"))
         return 2 * _result(x).size * math.prod(contracted)
     if x.opcode == "convolution":
         return _convolution(computation, x)
+    if _is_cublas(x):
+        numbers = _CONTRACTED.search(x.attributes)
+        places = re.findall(r"\d+", numbers[1]) if numbers else []
+        lhs = _shape(computation, x.operands[0])
+        return 2 * x.arrays[0].size * math.prod(lhs.dims[int(d)] for d in places)
     return 0
+
+
+def kernel(x: Instruction) -> str | None:
+    """The target of a custom call whose products, if any, its text does not tell; None of anything else."""
+    if x.opcode != "custom-call" or _is_cublas(x):
+        return None
+    target = x.attribute("custom_call_target") or "?"
+    return None if target in PLAIN_CALLS else target
+
+
+def _is_cublas(x: Instruction) -> bool:
+    return (x.attribute("custom_call_target") or "").startswith("__cublas$")
 
 
 def _convolution(computation: Computation, x: Instruction) -> int:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sharding.cost import cost
 from sharding.flops import _real_places, flops
 from sharding.hlo import Module, parse, read
 from sharding.loops import walk
@@ -101,6 +102,23 @@ def test_a_product_spelt_as_a_convolution(
         f"  ROOT %c = {out} convolution(%a, %b), {attributes}\n}}\n"
     )
     assert total(parse(text)) == 2 * products
+
+
+def test_calls_of_kernels_are_counted_where_they_tell() -> None:
+    text = """HloModule m, num_partitions=1
+
+ENTRY %main (a: bf16[3,64,32], b: bf16[3,64,16]) -> bf16[3,32,16] {
+  %a = bf16[3,64,32] parameter(0)
+  %b = bf16[3,64,16] parameter(1)
+  %gemm = (bf16[3,32,16], s8[4194304]) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  %out = bf16[3,32,16] get-tuple-element(%gemm), index=0
+  %room = bf16[3,32,16] custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %kernel = bf16[3,32,16] custom-call(%out, %room), custom_call_target="tpu_custom_call"
+}
+"""  # noqa: E501
+    found = cost(parse(text))
+    assert found.flops == 2 * 3 * 32 * 16 * 64
+    assert found.kernels == {"tpu_custom_call": 1}
 
 
 @given(

@@ -132,7 +132,7 @@ def test_what_is_kept_for_good_is_every_second_and_the_best(whole: Path) -> None
 def test_a_run_stopped_at_every_moment_ends_in_the_same_bits(whole: Path, tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path / "run")
     stops, point = list[str](), 1
-    while (where := go_on(recipe, point)) != "done":
+    while (where := go_on(recipe, point)) not in ("done", "after evaluate"):
         # a stage that begins anew comes to the same moment again
         point = point + 1 if stops[-1:] == [where] else 1
         stops.append(where)

@@ -65,6 +65,10 @@ def test_those_that_write_a_snapshot_give_way(
         while writers() != {LOWEST} and time.monotonic() < deadline:
             time.sleep(0.01)
         assert writers() == {LOWEST}
+        (usher,) = (thread for thread in threading.enumerate() if thread.name == "usher")
+        assert not usher.daemon  # Python waits for it before it ends
         seen.set()
+    usher.join(60)
+    assert not usher.is_alive()
     assert sealing == [LOWEST]
     assert priority(0) < LOWEST

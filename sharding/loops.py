@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from sharding.hlo import Computation, Instruction, Module, Shape
 
-MOST = 10_000_000  # rounds after which a loop is taken not to end
+MOST = 100_000  # rounds beyond which the text is taken not to tell
 
 CALLS = ("fusion", "call", "conditional", "async-start")  # what runs other computations once
 _UNARY = (

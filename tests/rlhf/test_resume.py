@@ -134,7 +134,7 @@ def test_a_run_stopped_at_every_moment_ends_in_the_same_bits(whole: Path, tmp_pa
     stops, point = list[str](), 1
     while (where := go_on(recipe, point)) not in ("done", "after evaluate"):
         # a stage that begins anew comes to the same moment again
-        point = point + 1 if stops[-1:] == [where] else 1
+        point = point + 1 if where.endswith("begins anew") else 1
         stops.append(where)
     assert len(stops) > 50
     assert runs.bits(recipe.output_dir) == runs.bits(whole)

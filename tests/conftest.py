@@ -1,6 +1,5 @@
 """8 simulated devices, shapes and types checked at run time, compiled programs kept between runs."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +12,6 @@ if TYPE_CHECKING:  # importing it for real comes after the hook below
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
-
-# Most of the time goes to LLVM, which makes code for this CPU faster that runs but a few steps. XLA's own passes -
-# partitioning, fusion - are not touched. `make test-all` leaves LLVM its way.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Before any module of ours is imported. With PEP 484's tower an int may stand for a float, as mypy has it.
 jaxtyping.install_import_hook(

@@ -23,7 +23,7 @@ from glm_jax.model import CausalLM, init_model
 from glm_jax.scalar import ScalarModel
 from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer, load_tokenizer
 from glm_jax.train import Report
-from rlhf.data.prepare import build_tables, builder_of, fingerprint, open_tables
+from rlhf.data.prepare import build_tables, fingerprint, open_tables
 from rlhf.data.records import Splits
 from rlhf.progress import NOT_KEPT, Progress
 from rlhf.recipe import BaseRecipe
@@ -74,12 +74,11 @@ class BaseRun:
     def prepare(self, *tables: str) -> Splits:
         """These tables of the data, which the first process writes and then all read."""
         data = self.recipe.data
-        self.progress.require_same(
-            "data", told_by_first(lambda: fingerprint(data, builder_of(data)))
-        )
-        directory = self.directory / "data"
-        on_first(partial(build_tables, data, directory, tables, self.log.note))
-        return together(partial(open_tables, data, directory, tables))
+        name = told_by_first(partial(fingerprint, data))
+        self.progress.require_same("data", name)
+        root = self.directory / "data" / name
+        on_first(partial(build_tables, data, root, tables, self.log.note))
+        return together(partial(open_tables, data, root, tables))
 
     def require_same_models(self, **paths: Path | None) -> None:
         """Raise UserError where a model that the run is made of is no longer what it was when the run began."""

@@ -6,10 +6,13 @@ of actor and critic. All arrays are aligned to the token they speak of (see glm_
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
 from glm_jax.batch import Sequences
@@ -26,7 +29,7 @@ from glm_jax.metrics import Metric, Metrics, Shares
 from glm_jax.model import CausalLM, apply_model
 from glm_jax.optim import OptimConfig
 from glm_jax.scalar import ScalarModel, apply_scalar, sequence_scores
-from glm_jax.train import language_loss, num_targets
+from glm_jax.train import Update, language_loss, make_update, num_targets
 from rlhf.advantages import gae, grpo, on_tokens, rloo, shaped_rewards, whitened
 from rlhf.kl import KLConfig, k2, k3
 from rlhf.losses import policy_loss, value_loss
@@ -270,6 +273,17 @@ def actor_loss(
     return loss, found
 
 
+def actor_update(
+    config: PPOConfig,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    rows_of: Callable[[Any], Any] = lambda batch: batch,
+) -> Update:
+    """The update of `glm_jax.train.make_update` on rows of an experience and of SFT data."""
+    loss = partial(actor_loss, config=config, layout=layout)
+    return make_update(loss, actor_counts, optimizer, layout, rows_of)
+
+
 CriticCounts = tuple[jax.Array, jax.Array]  # answer tokens, variance of their returns
 
 
@@ -296,3 +310,14 @@ def critic_loss(
     loss = value_loss(values, old_values, returns, mask, config.value_clip, tokens)
     explained = masked_mean(1 - (values - returns) ** 2 / variance, mask, tokens)
     return config.value_weight * loss, {"value_loss": loss, "explained_variance": explained}
+
+
+def critic_update(
+    config: PPOConfig,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    rows_of: Callable[[Any], Any] = lambda batch: batch,
+) -> Update:
+    """The update of `glm_jax.train.make_update` on rows of an experience."""
+    loss = partial(critic_loss, config=config, layout=layout)
+    return make_update(loss, critic_counts, optimizer, layout, rows_of)

@@ -18,7 +18,6 @@ from glm_jax.sampler import Sampler
 from glm_jax.train import (
     TrainState,
     Update,
-    make_update,
     num_tokens,
     require_finite,
     to_host,
@@ -30,10 +29,8 @@ from rlhf.ppo import (
     Finite,
     Models,
     PPOConfig,
-    actor_counts,
-    actor_loss,
-    critic_counts,
-    critic_loss,
+    actor_update,
+    critic_update,
     make_experience,
     take_rows,
 )
@@ -228,13 +225,13 @@ class Iteration:
             batch = (experience, index, sft_batch)
             actor, by_role["actor"] = self.update_actor(actor, batch)
         learners = Learners(actor, critic, kl_coef)
-        norms = {role: metrics["grad_norm"] for role, metrics in by_role.items()}
         left_out = 0
-        for role, norm in (to_host(norms) if skip else {}).items():
-            if not math.isfinite(norm):
+        if skip is not None:
+            norms = to_host({role: metrics["grad_norm"] for role, metrics in by_role.items()})
+            for role in [role for role, norm in norms.items() if not math.isfinite(norm)]:
                 rows = _taken(experience, index)
                 seen = rows if role == "critic" else (rows, sft_batch)
-                if skip and skip(role, getattr(learners, role).model, seen):
+                if skip(role, getattr(learners, role).model, seen):
                     del by_role[role]
                     left_out += 1
         found = {OF_CRITIC.get(name, name): x for name, x in by_role.pop("critic", {}).items()}
@@ -315,15 +312,13 @@ def make_iteration(
         rows: Experience = take_rows(*batch)
         return rows
 
-    actor = partial(actor_loss, config=config, layout=layout)
-    critic = partial(critic_loss, config=config, layout=layout)
     return Iteration(
         config,
         sample,
         layout,
         jax.jit(partial(make_experience, config=config, stop_id=stop_id, layout=layout)),
-        make_update(actor, actor_counts, optimizers[0], layout, actor_rows),
-        make_update(critic, critic_counts, optimizers[1], layout, critic_rows),
+        actor_update(config, optimizers[0], layout, actor_rows),
+        critic_update(config, optimizers[1], layout, critic_rows),
         measure,
     )
 

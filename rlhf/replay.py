@@ -16,10 +16,10 @@ from glm_jax.config import Config
 from glm_jax.model import init_model
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.scalar import init_scalar
-from glm_jax.train import Update, init_state, make_update, to_host
+from glm_jax.train import Update, init_state, to_host
 from glm_jax.weights import from_kept, to_kept
 from rlhf.dpo import PAIRS, dpo_update
-from rlhf.ppo import actor_counts, actor_loss, contents, critic_counts, critic_loss
+from rlhf.ppo import actor_update, contents, critic_update
 from rlhf.recipe import Recipe, RewardRecipe, check_training
 from rlhf.reward import reward_update
 from rlhf.sft import sft_update
@@ -86,7 +86,7 @@ def _about(fault: Path) -> Mapping[str, Any]:
         raise UserError(
             f"cannot read {path}: {error}; give a folder below faults/ of a run"
         ) from None
-    return found
+    return {"role": "", **found}
 
 
 def _model(config: Config, layout: Layout, fault: Path, scalar: bool) -> Any:
@@ -121,12 +121,10 @@ def _parts(
     ppo, answers = recipe.ppo, contents(recipe.ppo)
     if about["role"] == "critic":
         answers = read_arrays(path, answers)
-        loss: Any = partial(critic_loss, config=ppo, layout=layout)
-        update = make_update(loss, critic_counts, optimizer, layout)
+        update = critic_update(ppo, optimizer, layout)
         return [Part("answer", len(answers.scores), partial(_repeated, answers), update)]
     answers, rows = read_arrays(path, (answers, SEQUENCES))
-    loss = partial(actor_loss, config=ppo, layout=layout)
-    update = make_update(loss, actor_counts, optimizer, layout)
+    update = actor_update(ppo, optimizer, layout)
     return _mixed_parts("answer", answers, rows, update, layout, optimizer)
 
 

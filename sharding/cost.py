@@ -11,7 +11,7 @@ from sharding.collectives import Collective, collectives
 from sharding.errors import UserError
 from sharding.flops import flops, kernel
 from sharding.hlo import Module, parse
-from sharding.loops import trips, walk
+from sharding.loops import walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ def cost(module: Module) -> Cost:
         x = visit.instruction
         products += visit.times * flops(visit.computation, x)
         if x.opcode == "while":
-            loops.append(Loop(x.name, trips(module, visit.computation, x), visit.times))
+            loops.append(Loop(x.name, visit.trips, visit.times))
         if target := kernel(x):
             kernels[target] += visit.times
     return Cost(products, tuple(loops), tuple(collectives(module)), kernels)

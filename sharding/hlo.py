@@ -15,7 +15,7 @@ import jax
 
 from sharding.errors import UserError
 
-BITS = {"pred": 8, "token": 0, "opaque": 0, "tuple": 0}  # of a type whose name does not end in them
+BITS = {"pred": 8, "token": 0, "opaque": 0}  # of a type whose name does not end in them
 _TYPE = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](\{[^}]*\})?")
 _BITS = re.compile(r"^[a-z]+(\d+)")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -118,22 +118,6 @@ class Computation:
 
     def __getitem__(self, name: str) -> Instruction:
         return self.instructions[name]
-
-    @functools.cached_property
-    def parameters(self) -> Mapping[int, Instruction]:
-        """By their numbers."""
-        return {
-            int(x.operands[0]): x for x in self.instructions.values() if x.opcode == "parameter"
-        }
-
-    @functools.cached_property
-    def users(self) -> Mapping[str, tuple[Instruction, ...]]:
-        """Name of an instruction -> those that take it."""
-        found: dict[str, list[Instruction]] = {}
-        for instruction in self.instructions.values():
-            for operand in dict.fromkeys(instruction.operands):
-                found.setdefault(operand, []).append(instruction)
-        return {name: tuple(users) for name, users in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)

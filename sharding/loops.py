@@ -124,6 +124,7 @@ class Visit(NamedTuple):
     computation: Computation  # that it stands in
     times: int
     within: str  # the loop's body, or the entry, that runs it
+    trips: int | None = None  # of a `while`: `trips`
 
 
 def walk(
@@ -137,9 +138,9 @@ def walk(
     computation = module.entry if computation is None else computation
     within = within or computation.name
     for x in computation.instructions.values():
-        yield Visit(x, computation, times, within)
+        rounds = trips(module, computation, x) if x.opcode == "while" else None
+        yield Visit(x, computation, times, within, rounds)
         if x.opcode == "while":
-            rounds = trips(module, computation, x)
             body = module[(x.attribute("body") or "").lstrip("%")]
             yield from walk(module, body, times * (1 if rounds is None else rounds))
         elif x.opcode in CALLS:

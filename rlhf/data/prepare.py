@@ -37,25 +37,26 @@ def prepare(
     tables: Sequence[str] = tuple(RECORD_TYPES),
     tell: Tell = silent,
 ) -> Splits:
-    """`build_tables`, then `open_tables`."""
-    build_tables(data, directory, tables, tell)
-    return open_tables(data, directory, tables)
+    """`build_tables`, then `open_tables`, in a folder of `directory`.
+
+    Its name is a digest of the configuration and of what the files say: another seed or an edited file
+    gives another folder, and what is there is never stale.
+    """
+    root = directory / fingerprint(data)
+    build_tables(data, root, tables, tell)
+    return open_tables(data, root, tables)
 
 
-def build_tables(data: Data, directory: Path, tables: Sequence[str], tell: Tell = silent) -> None:
-    """Build the splits of some tables of `data` under `directory`, unless they are there.
+def build_tables(data: Data, root: Path, tables: Sequence[str], tell: Tell = silent) -> None:
+    """Build the splits of some tables of `data` in `root`, unless they are there.
 
     Nobody else may be at work there. `tell` receives a line for whatever was left out, also where it was built before.
-
-    The folder's name is a digest of the configuration and of what the files say: another seed or
-    an edited file gives another folder, and what is there is never stale. A table appears whole or
-    not at all; one that is no longer as it was written is built again, which `tell` hears of.
+    A table appears whole or not at all; one that is no longer as it was written is built again, which `tell` hears of.
 
     Raises:
         UserError: a file is missing or says what it should not; a split would be empty.
     """
     builder = builder_of(data)
-    root = directory / fingerprint(data, builder)
     notes: list[str] = []
     splits = functools.cache(lambda: require_examples(data.splits(notes.append), tables))
     for name in tables:
@@ -66,10 +67,9 @@ def build_tables(data: Data, directory: Path, tables: Sequence[str], tell: Tell 
         tell(f"data: {line}")
 
 
-def open_tables(data: Data, directory: Path, tables: Sequence[str]) -> Splits:
+def open_tables(data: Data, root: Path, tables: Sequence[str]) -> Splits:
     """What `build_tables` has built; a table that is not asked for is empty."""
     builder = builder_of(data)
-    root = directory / fingerprint(data, builder)
     found = {name: _open(builder, name, root) for name in tables}
     return Splits(**{name: found.get(name, Split((), ())) for name in RECORD_TYPES})
 
@@ -81,8 +81,9 @@ def builder_of(data: Data) -> type[RecordsBuilder]:
     return Oracle if isinstance(data, OracleData) else Files
 
 
-def fingerprint(data: Data, builder: type[RecordsBuilder]) -> str:
-    """Twelve hexadecimal digits that name the data set."""
+def fingerprint(data: Data) -> str:
+    """Twelve hexadecimal digits that name the data set. Raises UserError where a file of it cannot be read."""
+    builder = builder_of(data)
     paths = data.paths()
     read = {name.split()[0] for name in paths}  # by content, wherever they are
     fields = {name: value for name, value in dataclasses.asdict(data).items() if name not in read}
@@ -107,8 +108,9 @@ def _build(
 ) -> None:
     """One table, unless it is there and whole, without the bars and lines that TFDS shows."""
     directory = root / builder.name / name / str(builder.VERSION)
-    problems = broken(directory) if is_sealed(directory) else []
-    if is_sealed(directory) and not problems:
+    sealed = is_sealed(directory)
+    problems = broken(directory) if sealed else []
+    if sealed and not problems:
         return
     if problems:
         tell(f"data: {problems[0]}: it is built again")

@@ -46,8 +46,6 @@ def test_the_grammar_of_the_tpu_compiler_is_read() -> None:
     assert main["text"].attribute("calls") is None
     assert main["fusion.1"].called == ("fused",) and main["out"].called == ()
     assert fused["cut"].numbers("dynamic_slice_sizes") == (8, 1)
-    assert fused.parameters[1].name == "p.1"
-    assert [user.name for user in main.users["x"]] == ["start", "text", "fusion.1"]
 
 
 @pytest.mark.parametrize(

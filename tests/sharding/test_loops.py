@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from sharding.hlo import Module, parse, read
-from sharding.loops import trips, walk
+from sharding.loops import walk
 
 
 def program(f: Callable[[Any], Any], said: bool) -> Module:
@@ -27,9 +27,7 @@ def program(f: Callable[[Any], Any], said: bool) -> Module:
 def rounds(module: Module) -> list[tuple[int | None, int]]:
     """Of every loop its rounds, and how often it is begun."""
     return [
-        (trips(module, visit.computation, visit.instruction), visit.times)
-        for visit in walk(module)
-        if visit.instruction.opcode == "while"
+        (visit.trips, visit.times) for visit in walk(module) if visit.instruction.opcode == "while"
     ]
 
 

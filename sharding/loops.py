@@ -1,4 +1,8 @@
-"""How often the loops of a program go round, found by following the integers that their conditions look at."""
+"""How often the loops of a program go round, found by following the integers that their conditions look at.
+
+Where a loop has so many rounds at most and may end earlier, as decoding does once every answer has ended, the most of
+them count.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -75,6 +79,11 @@ class _Scalars:
         if x.opcode not in _BINARY and x.opcode != "compare":
             return None
         a, b = (self(name) for name in x.operands)
+        if x.opcode == "and" and isinstance(x.type, Shape) and x.type.dtype == "pred":
+            a, b = (
+                (b if a is None else a),
+                (a if b is None else b),
+            )  # what is not known ends nothing
         if a is None or b is None:
             return None
         if x.opcode == "compare":
@@ -90,7 +99,7 @@ def _integer(x: Instruction) -> int | None:
 
 
 def trips(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often the `while` instruction `loop` of `computation` runs its body; None where the text does not tell.
+    """How often the `while` instruction `loop` of `computation` runs its body, at most; None: the text does not tell.
 
     What the compiler says of it (known_trip_count) counts; else the counter is followed from where it starts, round
     by round, until the condition fails.

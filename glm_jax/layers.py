@@ -1,4 +1,4 @@
-"""Pure functions on arrays: norms, rotary embeddings, attention, MLPs.
+"""Pure functions on arrays: norms, rotary embeddings, projections to heads and back, MLPs.
 
 One alphabet: B batch, T query positions, S key positions, D width, N heads, K kv groups, G = N / K, H head
 width, F ffn width, R rotary frequencies (rotated dimensions / 2).
@@ -10,7 +10,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from sharding.layout import Layout
 
@@ -130,92 +130,6 @@ def from_heads(
         return jnp.reshape(out, (*x.shape[:2], out.shape[-1]), out_sharding=spec)
 
     return project(x, w)
-
-
-def attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    mask_BTS: Bool[Array, "B T S"],
-    layout: Layout,
-) -> Float[Array, "B T N H"]:
-    """Grouped-query attention: head n reads kv group n // G (Ainslie et al. 2023). Softmax in float32.
-
-    mask: True where query t may see key s. A row that sees nothing returns the mean of the values.
-    """
-    num_heads, head_dim = q_BTNH.shape[-2:]
-    num_groups = k_BSKH.shape[2]
-    if num_groups % layout.ways(
-        "kv_heads"
-    ):  # fewer groups than shards: every head gets its own copy
-        index = jnp.arange(num_heads) // (num_heads // num_groups)
-        spread = layout.spec("batch", None, "heads", None)
-        k_BSKH = k_BSKH.at[:, :, index].get(out_sharding=spread)
-        v_BSKH = v_BSKH.at[:, :, index].get(out_sharding=spread)
-        num_groups = num_heads
-    q_BTKGH = jnp.reshape(
-        q_BTNH,
-        (*q_BTNH.shape[:2], num_groups, num_heads // num_groups, head_dim),
-        out_sharding=layout.spec("batch", "time", "heads", None, "head_dim"),
-    )
-    out = _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS)
-    return jnp.reshape(
-        out, q_BTNH.shape, out_sharding=layout.spec("batch", "time", "heads", "head_dim")
-    )
-
-
-@jax.custom_vjp
-def _attend(
-    q: Float[Array, "B T K G H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T K G H"]:
-    """softmax(q k / sqrt(H)) v; nothing [T, S] waits for the backward pass, which makes it again (Dao et al. 2022).
-
-    Products are of [rows, columns] with B and K before them, which is the order XLA's CPU backend multiplies in, and
-    what softmax divides by is divided out of [T, H], not of [T, S].
-    """
-    return _attend_forward(q, k, v, mask)[0]
-
-
-def _attend_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    q, k, v = jnp.moveaxis(q, 1, 3), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    scores = _scores(q, k, mask)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - highest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v)
-    out = (out / total).astype(v.dtype)
-    return jnp.moveaxis(out, 3, 1), (q, k, v, mask, out, highest, total)
-
-
-def _attend_backward(
-    saved: tuple[jax.Array, ...], d_out: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, mask, out, highest, total = saved
-    scale = q.shape[-1] ** 0.5
-    weights = jnp.exp(_scores(q, k, mask) - highest)  # times 1 / total, which d_out carries
-    d_out = (jnp.moveaxis(d_out, 1, 3) / total).astype(v.dtype)
-    d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", d_out, v).astype(jnp.float32)
-    # the sum of weights * d_weights over S, which softmax's derivative subtracts
-    mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
-    d_scores = jnp.where(mask[:, None, None], weights * (d_weights - mean), 0.0).astype(q.dtype)
-    d_q = jnp.moveaxis(jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k), 3, 1) / scale
-    d_k = jnp.einsum("BKGTS,BKGTH->BSKH", d_scores, q) / scale
-    d_v = jnp.einsum("BKGTS,BKGTH->BSKH", weights.astype(v.dtype), d_out)
-    return d_q, d_k, d_v, None
-
-
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """q k / sqrt(H) where the mask allows: float32 [B,K,G,T,S]."""
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k).astype(jnp.float32) / q.shape[-1] ** 0.5
-    return jnp.where(mask[:, None, None], scores, MASKED)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def gated_mlp(

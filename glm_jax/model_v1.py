@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from glm_jax.attention import Attend, Sight
 from glm_jax.config import GLMV1Config
 from glm_jax.layers import (
     from_heads,
@@ -30,7 +31,7 @@ from glm_jax.layers import (
     rotation,
     to_heads,
 )
-from glm_jax.trunk import Attend, Places, Rotations, Trunk, running_sum
+from glm_jax.trunk import Places, Rotations, Trunk, running_sum
 from glm_jax.weights import Draw
 from sharding.layout import Layout
 
@@ -70,7 +71,7 @@ class TrunkV1(Trunk):
     position_step: ClassVar[tuple[int, ...]] = (0, 1)
 
     def places(self, ids: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Places:
-        """Positions and context, read off the special tokens of each segment.
+        """Positions and how far tokens see, read off the special tokens of each segment.
 
         The mask token is the first [gMASK] up to the token, else the first [MASK]. The original fails on a sequence
         without `<sop>`; here all of it is context.
@@ -92,7 +93,11 @@ class TrunkV1(Trunk):
         anchor = jnp.maximum(jnp.where(gmask > 0, gmask, mask) - 1, 0)
         in_context = jnp.where(started == 1, anchor, index)
         positions = jnp.stack([in_context, running_sum(started, segments)], axis=-1)
-        return Places(segments, positions, context=1 - started)
+        # the context is what a segment begins with: a token of it sees as many columns further as there are of it
+        context = 1 - started
+        further = running_sum(context[:, ::-1], segments[:, ::-1])[:, ::-1] - context
+        reach = jnp.arange(segments.shape[1]) + further
+        return Places(Sight(segments, reach), positions)
 
     def rotations(self, positions: Int[Array, "B T 2"]) -> Rotations:
         """Of the first half of every head by the position in the context, of the second by that behind it."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from glm_jax.attention import Attend, Sight
 from glm_jax.config import GLMConfig
 from glm_jax.layers import (
     Rotation,
@@ -19,7 +20,7 @@ from glm_jax.layers import (
     rotation,
     to_heads,
 )
-from glm_jax.trunk import Attend, Places, Rotations, Trunk, running_sum
+from glm_jax.trunk import Places, Rotations, Trunk, running_sum
 from glm_jax.weights import Draw, kv_axis
 from sharding.layout import Layout
 
@@ -51,7 +52,7 @@ class TrunkV2(Trunk):
     def places(self, ids: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Places:
         """Positions count the real tokens of a segment from 0, whichever side the padding stands on."""
         count = running_sum(jnp.ones_like(segments), segments)
-        return Places(segments, count[..., None] - 1)
+        return Places(Sight(segments), count[..., None] - 1)
 
     def rotations(self, positions: Int[Array, "B T 1"]) -> Rotations:
         """Of the first half of every head."""

@@ -5,7 +5,6 @@ A model is a Flax module that only holds arrays, hence the pytree of its paramet
 says where tokens stand (`places`), how that rotates them (`rotations`) and what one layer does (`layer`).
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -13,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from glm_jax.attention import Attend, Sight, attention, over_sequences
 from glm_jax.config import Config
-from glm_jax.layers import Rotation, attention
+from glm_jax.layers import Rotation
 from sharding.layout import Layout
 from sharding.pipeline import run_stages
 from sharding.remat import rematerialised
@@ -22,24 +22,13 @@ from sharding.remat import rematerialised
 # Which sequence a token belongs to: 0 is padding; a bool array marks real tokens of one sequence a row.
 Segments = Int[Array, "B T"] | Bool[Array, "B T"]
 Rotations = tuple[Rotation, ...]  # one an axis of position
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH -> BTNH
 
 
 class Places(NamedTuple):
     """Where tokens stand; A axes of position (2 in ChatGLM-6B, else 1)."""
 
-    segments: Int[Array, "B T"]  # 0: padding
+    sight: Sight
     positions: Int[Array, "B T A"]
-    context: Int[Array, "B T"] | None = None  # 1: all of the segment sees this column (prefix mask)
-
-    def mask(self) -> Bool[Array, "B T T"]:
-        """True where query t may see key s: the same segment, and s not after t or part of the prefix."""
-        length = self.segments.shape[1]
-        reach = jnp.tril(jnp.ones((length, length), bool))[None]
-        if self.context is not None:
-            reach = reach | (self.context == 1)[:, None, :]
-        keys = self.segments[:, None, :]
-        return reach & (self.segments[:, :, None] == keys) & (keys > 0)
 
 
 class Cache(NamedTuple):
@@ -106,10 +95,8 @@ class Trunk(nnx.Module):
             blocks: Any, real: jax.Array | None, state: tuple[jax.Array, Places]
         ) -> tuple[jax.Array, Places]:
             x, places = state
-            mask, rotations = places.mask(), self.rotations(places.positions)
-
-            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                return attention(q, k, v, mask, layout)
+            attend = over_sequences(places.sight, layout)
+            rotations = self.rotations(places.positions)
 
             def layer(x: jax.Array, now: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
                 block, is_real = now
@@ -131,7 +118,7 @@ class Trunk(nnx.Module):
         The layout must not have pipeline stages (`Layout.for_generation`).
         """
         places = self.places(ids, real.astype(jnp.int32))
-        mask, rotations = places.mask(), self.rotations(places.positions)
+        within, rotations = over_sequences(places.sight, layout), self.rotations(places.positions)
 
         def layer(x: jax.Array, block: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             written = []
@@ -139,7 +126,7 @@ class Trunk(nnx.Module):
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 written.append(_with_room(_key_columns(k), room, axis=3))
                 written.append(_with_room(_value_rows(v), room, axis=2))
-                return attention(q, k, v, mask, layout)
+                return within(q, k, v)
 
             x = self.layer(block, x, rotations, attend, layout)
             return x, (written[0], written[1])

@@ -35,6 +35,16 @@ def device_mesh(devices: Devices, sizes: Mapping[str, int]) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
 
 
+def mesh_platform() -> str | None:
+    """What the current mesh's devices are, described ones too: "cpu", "tpu", "cuda", ...; None where it has none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return None
+    # JAX calls the GPUs of both makers by one name
+    is_cuda = device.platform == "gpu" and "AMD" not in device.device_kind
+    return "cuda" if is_cuda else device.platform
+
+
 def num_slices(devices: Devices) -> int:
     """TPU slices, between which there is only the data centre's network; 1 for other devices."""
     # on GPUs JAX numbers something else by this name, and described TPUs may have none

@@ -11,7 +11,8 @@ from sharding.hlo import Computation, Instruction, Module, Shape
 
 MOST = 100_000  # rounds beyond which the text is taken not to tell
 
-CALLS = ("fusion", "call", "conditional", "async-start")  # what runs other computations once
+PARTS = ("fusion", "async-start")  # what is made of another computation
+CALLS = (*PARTS, "call", "conditional")  # what runs other computations once
 _UNARY = (
     "copy",
     "bitcast",
@@ -134,10 +135,15 @@ class Visit(NamedTuple):
     times: int
     within: str  # the loop's body, or the entry, that runs it
     trips: int | None = None  # of a `while`: `trips`
+    fused: bool = False  # part of another instruction, which the schedule has
 
 
 def walk(
-    module: Module, computation: Computation | None = None, times: int = 1, within: str = ""
+    module: Module,
+    computation: Computation | None = None,
+    times: int = 1,
+    within: str = "",
+    fused: bool = False,
 ) -> Iterator[Visit]:
     """Every instruction of a program, in the order of its schedule.
 
@@ -148,10 +154,11 @@ def walk(
     within = within or computation.name
     for x in computation.instructions.values():
         rounds = trips(module, computation, x) if x.opcode == "while" else None
-        yield Visit(x, computation, times, within, rounds)
+        yield Visit(x, computation, times, within, rounds, fused)
         if x.opcode == "while":
             body = module[(x.attribute("body") or "").lstrip("%")]
             yield from walk(module, body, times * (1 if rounds is None else rounds))
         elif x.opcode in CALLS:
+            inside = fused or x.opcode in PARTS
             for name in x.called:
-                yield from walk(module, module[name], times, within)
+                yield from walk(module, module[name], times, within, inside)

@@ -82,7 +82,7 @@ def test_places_of_chatglm_6b_against_a_loop(small_v1: GLMV1Config, ids: list[in
         model = jax.jit(lambda key: init_model(small_v1, LAYOUT, key))(jax.random.key(0))
         places = model.trunk.places(*LAYOUT.put((row, segments)))
         assert np.asarray(places.positions)[0, real].tolist() == positions
-        ours = np.array(places.mask())[0]
+        ours = np.array(places.sight.mask())[0]
     assert ours[real, real].tolist() == mask
     ours[real, real] = False
     assert not ours.any()  # padding neither sees nor is seen

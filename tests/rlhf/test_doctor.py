@@ -19,6 +19,7 @@ import rlhf.advantages
 import rlhf.losses
 import rlhf.ppo
 import rlhf.ppo_iteration
+from glm_jax.attention import Sight
 from glm_jax.batch import Sequences
 from glm_jax.config import PRESETS
 from glm_jax.generate import SamplingConfig
@@ -26,7 +27,7 @@ from glm_jax.metrics import Metrics
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.sampler import Loan, Sampler
 from glm_jax.train import TrainState
-from glm_jax.trunk import Cache, Places, Trunk
+from glm_jax.trunk import Cache, Trunk
 from rlhf.cli import main
 from rlhf.doctor.checks import OF_ROLLOUT, OF_UPDATE
 from rlhf.doctor.doctor import Doctor
@@ -181,12 +182,12 @@ def _positions_jump(patch: Patch) -> None:
 def _attention_to_padding(patch: Patch) -> None:
     """Whole sequences see their padding."""
 
-    def mask(self: Places) -> Any:
+    def mask(self: Sight) -> Any:
         length = self.segments.shape[1]
         reach = jnp.tril(jnp.ones((length, length), bool))[None]
         return jnp.broadcast_to(reach, (len(self.segments), length, length))
 
-    patch.setattr(Places, "mask", mask)
+    patch.setattr(Sight, "mask", mask)
 
 
 def _mask_shifted(patch: Patch) -> None:

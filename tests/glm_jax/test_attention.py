@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.layers import MASKED, attention
+from glm_jax.attention import attention
+from glm_jax.layers import MASKED
 from sharding.layout import Layout, get_layout
 
 B, T, S, N, H = 2, 5, 7, 4, 8

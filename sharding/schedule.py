@@ -20,9 +20,9 @@ from sharding.network import Transfer, transfer
 from sharding.traffic import memory_bytes
 
 # What real chips reach of their peak.
-PRODUCT_SHARE = 1.0  # in products
-KERNEL_SHARE = 0.5  # in attention kernels, whose products are small and wait for softmax
-MEMORY_SHARE = 1.0
+PRODUCT_SHARE = 0.95  # in products
+KERNEL_SHARE = 0.4  # in attention kernels, whose products are small and wait for softmax
+MEMORY_SHARE = 0.85
 LINK_SHARE = 1.0
 
 COPIES = ("copy-start", "slice-start")  # between memory and chip, in the background

@@ -42,6 +42,12 @@ class Sampler:
     `generation` may be any layout of as many devices; None: the training layout without its pipeline. Its `pipe` axis
     carries batch. `rollout` says whether the answers of a batch are drawn side by side until the last has ended, or
     by an `Engine`; they are the same. Raises UserError where it does not fit the model or the devices.
+
+    Attributes:
+        to_generation, to_training: the programs that move a policy, each on the mesh that it comes from; None where
+            both layouts split it alike.
+        generate: the program that draws answers side by side: (policy, prompts, seeds, key), on `mesh`.
+        mesh: the devices as the generation layout has them.
     """
 
     def __init__(
@@ -62,14 +68,14 @@ class Sampler:
             )
         config.check(self.generation)
         self._training_mesh = jax.sharding.get_mesh()
-        self._mesh = _remeshed(self._training_mesh, self.generation)
-        self._enter = _mover(config, layout, self.generation, self._mesh)
-        self._leave = _mover(config, self.generation, layout, self._training_mesh)
+        self.mesh = _remeshed(self._training_mesh, self.generation)
+        self.to_generation = _mover(config, layout, self.generation, self.mesh)
+        self.to_training = _mover(config, self.generation, layout, self._training_mesh)
         self.engine: Engine | None = None  # None: answers are drawn side by side
         if rollout.slots is not None:
             self.engine = Engine(sampling, stop_ids, self.generation, rollout)
         draw = partial(generate, sampling=sampling, stop_ids=stop_ids, layout=self.generation)
-        self._draw = jax.jit(draw)
+        self.generate = jax.jit(draw)
 
     def __call__(
         self, policy: CausalLM, prompts: Prompts, key: jax.Array, samples: int = 1
@@ -79,7 +85,7 @@ class Sampler:
 
     def enter(self, policy: CausalLM) -> CausalLM:
         """A copy of the policy in the generation layout; the policy itself if both layouts split it alike."""
-        return self._enter(policy) if self._enter else policy
+        return self.to_generation(policy) if self.to_generation else policy
 
     @contextmanager
     def lend(self, policy: CausalLM) -> Iterator["Loan"]:
@@ -88,9 +94,12 @@ class Sampler:
         Afterwards `Loan.policy` is the policy in the training layout, bit for bit.
         """
         loan = Loan(policy)
-        loan.policy, loan.there = _timed(self._enter, self.training, self.generation, policy)
+        loan.policy, loan.there = _timed(self.to_generation, self.training, self.generation, policy)
         yield loan
-        loan.policy, loan.back = _timed(self._leave, self.generation, self.training, loan.policy)
+        with jax.set_mesh(self.mesh):  # pieces are cut where they come from
+            loan.policy, loan.back = _timed(
+                self.to_training, self.generation, self.training, loan.policy
+            )
 
     def draw(
         self, policy: CausalLM, prompts: Prompts, key: jax.Array, samples: int = 1
@@ -100,10 +109,10 @@ class Sampler:
         Sample k of row b is drawn with seed b * samples + k.
         """
         seeds = np.arange(len(prompts.ids) * samples, dtype=np.int32).reshape(-1, samples)
-        key = jax.device_put(key, NamedSharding(self._mesh, PartitionSpec()))
+        key = jax.device_put(key, NamedSharding(self.mesh, PartitionSpec()))
         if self.engine is not None:
             host = fetch(prompts)
-            with jax.set_mesh(self._mesh):
+            with jax.set_mesh(self.mesh):
                 drawn = self.engine.draw(policy, host, seeds, key)
             return self.training.put(drawn)
 
@@ -111,9 +120,9 @@ class Sampler:
             spec = layout.spec("batch", *[None] * (x.ndim - 1))
             return jax.device_put(x, NamedSharding(mesh, spec))
 
-        prompts = jax.tree.map(lambda x: rows(x, self.generation, self._mesh), prompts)
-        with jax.set_mesh(self._mesh):
-            answers = self._draw(policy, prompts, self.generation.put(seeds), key)
+        prompts = jax.tree.map(lambda x: rows(x, self.generation, self.mesh), prompts)
+        with jax.set_mesh(self.mesh):
+            answers = self.generate(policy, prompts, self.generation.put(seeds), key)
         return jax.tree.map(lambda x: rows(x, self.training, self._training_mesh), answers)
 
 
@@ -146,7 +155,8 @@ def _remeshed(mesh: Mesh, layout: Layout) -> Mesh:
 
 def _shapes(config: Config, layout: Layout, mesh: Mesh) -> CausalLM:
     with jax.set_mesh(mesh):
-        return jax.eval_shape(partial(init_model, config, layout), jax.random.key(0))
+        # the key too is made in there: of devices that are only described nothing can be allocated
+        return jax.eval_shape(lambda: init_model(config, layout, jax.random.key(0)))
 
 
 def _mover(config: Config, source: Layout, target: Layout, mesh: Mesh) -> Program | None:

@@ -1,4 +1,4 @@
-"""The commands of `glm-jax` that concern layouts: certify, explain and cost."""
+"""The commands of `glm-jax` that concern layouts: certify and explain."""
 
 import dataclasses
 import math
@@ -67,19 +67,6 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
             json: Write it there too.
         """
         return partial(_explain, model, layout, devices, batch, length, json)
-
-    @app.command
-    def cost(program: tyro.conf.Positional[Path], json: Path | None = None) -> Job:
-        """Tell what a compiled program takes of every device: products, loops, and bytes that its collectives send.
-
-        All of it is read from the text of any program, for TPUs, GPUs or CPUs, of any stack; nothing is run. Every
-        loop's body counts as often as it runs.
-
-        Args:
-            program: A file with what `compiled.as_text()` prints, compressed with gzip or not.
-            json: Write it there too.
-        """
-        return partial(_cost, program, json)
 
 
 def _preset(name: str) -> "Config":
@@ -269,62 +256,3 @@ def _totals(found: "Explanation") -> dict[str, int]:
 
 def _array(array: "Placed") -> dict[str, Any]:
     return {**dataclasses.asdict(array), "spec": [str(part) for part in array.spec]}
-
-
-def _cost(path: Path, json: Path | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from sharding.cost import cost, read_file
-    from sharding.disk.directory import write_json
-
-    module = read_file(path)
-    found = cost(module)
-    console = Console(soft_wrap=True, highlight=False)
-    if found.loops:
-        loops = Table("loop", "rounds", "begun")
-        for loop in found.loops:
-            loops.add_row(
-                loop.name, "?" if loop.trips is None else str(loop.trips), str(loop.times)
-            )
-        console.print(loops)
-    if found.collectives:
-        rows: dict[tuple[str, int], list[int]] = {}
-        for x in found.collectives:
-            row = rows.setdefault((x.kind, x.group_size), [0, 0, 0])
-            for place, number in enumerate((1, x.times, x.times * x.sent_bytes)):
-                row[place] += number
-        table = Table("collective", "group", "instructions", "runs", "bytes sent")
-        for (kind, size), numbers in sorted(rows.items()):
-            table.add_row(kind, str(size), *(f"{number:,}" for number in numbers))
-        console.print(table)
-    console.print(
-        f"{module.name} on {module.num_partitions} devices: of each {found.flops:,} FLOPs of products, "
-        f"{found.sent_bytes:,} bytes sent"
-    )
-    if unknown := [loop.name for loop in found.loops if loop.trips is None]:
-        console.print(f"rounds not known, counted once: {', '.join(unknown)}")
-    if found.kernels:
-        runs = ", ".join(f"{target} ({runs:,})" for target, runs in found.kernels.items())
-        console.print(f"custom calls (runs), whose products are not known: {runs}")
-    if json is not None:
-        report = {
-            "program": module.name,
-            "devices": module.num_partitions,
-            "flops": found.flops,
-            "sent_bytes": found.sent_bytes,
-            "custom_calls": dict(found.kernels),
-            "while_loops": [dataclasses.asdict(loop) for loop in found.loops],
-            "collectives": [
-                {
-                    "kind": x.kind,
-                    "name": x.name,
-                    "group": x.group_size,
-                    "times": x.times,
-                    "bytes": x.num_bytes,
-                    "sent_bytes": x.sent_bytes,
-                }
-                for x in found.collectives
-            ],
-        }
-        write_json(json, report)

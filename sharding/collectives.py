@@ -68,7 +68,7 @@ def collectives(module: Module) -> Iterator[Collective]:
             if (channel, visit.within) in seen:
                 continue
             seen.add((channel, visit.within))
-        found = _collective(visit, kind, module.num_partitions)
+        found = collective(visit, module.num_partitions)
         if found.group_size > 1:
             yield found
 
@@ -83,8 +83,10 @@ def count_collectives(module: Module) -> Counter[str]:
     return Counter(kind for kind in kinds if kind in KINDS)
 
 
-def _collective(visit: Visit, kind: str, num_devices: int) -> Collective:
+def collective(visit: Visit, num_devices: int) -> Collective:
+    """The one that an instruction of a program on `num_devices` devices starts."""
     x, computation = visit.instruction, visit.computation
+    kind = x.opcode.removesuffix("-start")
     given = sum(_num_bytes(computation, name) for name in x.operands)
     if kind == "collective-permute":
         numbers = [int(n) for n in re.findall(r"\d+", _nested(x, "source_target_pairs"))]

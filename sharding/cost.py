@@ -1,4 +1,4 @@
-"""What one run of a compiled program takes of every device: products, and bytes that go to others."""
+"""What one run of a compiled program takes of every device: products, memory traffic, and bytes that go to others."""
 
 import dataclasses
 import gzip
@@ -9,9 +9,11 @@ from pathlib import Path
 
 from sharding.collectives import Collective, collectives
 from sharding.errors import UserError
-from sharding.flops import flops, kernel
+from sharding.flops import flops
 from sharding.hlo import Module, parse
+from sharding.kernels import kernel, kernel_flops
 from sharding.loops import walk
+from sharding.traffic import memory_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +31,11 @@ class Loop:
 class Cost:
     """Of one run, for one device."""
 
-    flops: int  # of matrix products; those of `kernels` are not known
+    flops: int  # of matrix products, those of attention kernels too
+    memory_bytes: int  # read and written, as instructions ask for it
     loops: tuple[Loop, ...]
     collectives: tuple[Collective, ...]
-    kernels: Mapping[str, int]  # targets of custom calls -> runs
+    kernels: Mapping[str, int]  # targets of custom calls whose products are not known -> runs
 
     @property
     def sent_bytes(self) -> int:
@@ -42,15 +45,19 @@ class Cost:
 
 def cost(module: Module) -> Cost:
     """Read from the program's text; every loop's body counts as often as it runs."""
-    products, loops, kernels = 0, [], Counter[str]()
+    products, moved, loops, kernels = 0, 0, [], Counter[str]()
     for visit in walk(module):
-        x = visit.instruction
-        products += visit.times * flops(visit.computation, x)
+        x, computation = visit.instruction, visit.computation
+        inside = kernel_flops(computation, x)
+        products += visit.times * (flops(computation, x) + inside)
+        if not visit.fused:
+            moved += visit.times * memory_bytes(module, computation, x)
         if x.opcode == "while":
             loops.append(Loop(x.name, visit.trips, visit.times))
-        if target := kernel(x):
+        target = kernel(x)
+        if target and not inside:
             kernels[target] += visit.times
-    return Cost(products, tuple(loops), tuple(collectives(module)), kernels)
+    return Cost(products, moved, tuple(loops), tuple(collectives(module)), kernels)
 
 
 def read_file(path: Path) -> Module:

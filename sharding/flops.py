@@ -12,16 +12,6 @@ _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _WINDOW = re.compile(r"(\w+)=([\d_x\-]+)")
 
 
-# calls of the compilers' own that multiply nothing
-PLAIN_CALLS = (
-    "AllocateBuffer",
-    "AssumeGatherIndicesInBound",
-    "AsyncCollectiveDone",
-    "AsyncCollectiveStart",
-    "ConcatBitcast",
-)
-
-
 def flops(computation: Computation, x: Instruction) -> int:
     """Of a `dot`, a `convolution` or a call of cuBLAS once; 0 of anything else, what it calls not counted."""
     if x.opcode == "dot":
@@ -30,7 +20,7 @@ def flops(computation: Computation, x: Instruction) -> int:
         return 2 * _result(x).size * math.prod(contracted)
     if x.opcode == "convolution":
         return _convolution(computation, x)
-    if _is_cublas(x):
+    if is_cublas(x):
         numbers = _CONTRACTED.search(x.attributes)
         places = re.findall(r"\d+", numbers[1]) if numbers else []
         lhs = _shape(computation, x.operands[0])
@@ -38,15 +28,8 @@ def flops(computation: Computation, x: Instruction) -> int:
     return 0
 
 
-def kernel(x: Instruction) -> str | None:
-    """The target of a custom call whose products, if any, its text does not tell; None of anything else."""
-    if x.opcode != "custom-call" or _is_cublas(x):
-        return None
-    target = x.attribute("custom_call_target") or "?"
-    return None if target in PLAIN_CALLS else target
-
-
-def _is_cublas(x: Instruction) -> bool:
+def is_cublas(x: Instruction) -> bool:
+    """Whether it is a product by cuBLAS."""
     return (x.attribute("custom_call_target") or "").startswith("__cublas$")
 
 

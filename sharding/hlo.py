@@ -19,6 +19,7 @@ BITS = {"pred": 8, "token": 0, "opaque": 0}  # of a type whose name does not end
 _TYPE = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](\{[^}]*\})?")
 _BITS = re.compile(r"^[a-z]+(\d+)")
 _SPACE = re.compile(r"S\((\d+)\)")
+_TILE = re.compile(r"T\(([\d,]+)\)")
 _HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
 _RESULT = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w-]*)\(")
@@ -33,11 +34,13 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
 class Shape(NamedTuple):
-    """An array: its type, its dimensions, and the memory it lies in (0: the device's, others on the chip)."""
+    """An array: its type, its dimensions, and how it lies in which memory."""
 
     dtype: str
     dims: tuple[int, ...]
-    space: int = 0
+    space: int = 0  # 0: the device's memory, others on the chip
+    order: tuple[int, ...] = ()  # dimensions, the one that varies fastest first
+    tile: tuple[int, ...] = ()  # the last of these dimensions are padded to multiples of it
 
     @property
     def size(self) -> int:
@@ -48,6 +51,16 @@ class Shape(NamedTuple):
     def num_bytes(self) -> int:
         """Without padding."""
         return -(-self.size * bits(self.dtype) // 8)
+
+    @property
+    def stored_bytes(self) -> int:
+        """With the padding of its tiles."""
+        if not self.tile or len(self.order) != len(self.dims):
+            return self.num_bytes
+        dims = list(self.dims)
+        for place, side in zip(self.order, reversed(self.tile), strict=False):
+            dims[place] = -(-dims[place] // side) * side
+        return -(-math.prod(dims) * bits(self.dtype) // 8)
 
 
 Type = Shape | tuple["Type", ...]
@@ -119,6 +132,23 @@ class Computation:
     def __getitem__(self, name: str) -> Instruction:
         return self.instructions[name]
 
+    @functools.cached_property
+    def parameters(self) -> Mapping[int, Instruction]:
+        """By their numbers."""
+        return {
+            int(x.operands[0]): x for x in self.instructions.values() if x.opcode == "parameter"
+        }
+
+    @functools.cached_property
+    def users(self) -> Mapping[str, list[Instruction]]:
+        """Name -> the instructions that take it, in order."""
+        found: dict[str, list[Instruction]] = {}
+        for x in self.instructions.values():
+            if x.opcode not in ("constant", "parameter"):
+                for name in dict.fromkeys(x.operands):
+                    found.setdefault(name, []).append(x)
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Module:
@@ -149,7 +179,7 @@ def parse(text: str, where: str = "the program") -> Module:
     current: str | None = None
     found: dict[str, Instruction] = {}
     root: Instruction | None = None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in _lines(text):
         if line.startswith("HloModule "):
             name = line.split()[1].rstrip(",")
             counts = re.search(r"\bnum_partitions=(\d+)", line)
@@ -169,7 +199,7 @@ def parse(text: str, where: str = "the program") -> Module:
         elif line.strip():
             try:
                 instruction, is_root = _instruction(line)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, IndexError):
                 raise UserError(
                     f"{where}:{number}: no HLO instruction: {line.strip()[:80]}"
                 ) from None
@@ -180,6 +210,33 @@ def parse(text: str, where: str = "the program") -> Module:
     if entry is None or not name:
         raise UserError(f"{where} is no HLO module: give what compiled.as_text() prints")
     return Module(name, computations, computations[entry], partitions)
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The text's lines and their numbers; an instruction whose attributes go on in further lines is one."""
+    held: list[str] = []
+    first = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if held and _goes_on(line) and _is_open(" ".join(held)):
+            held.append(line)
+            continue
+        if held:
+            yield first, " ".join(held)
+        held, first = [line], number
+    if held:
+        yield first, " ".join(held)
+
+
+def _goes_on(line: str) -> bool:
+    """Whether a line begins nothing of its own: no instruction, computation or its end."""
+    if not line or line[0] == " ":
+        return bool(line) and _RESULT.match(line) is None and not line.isspace()
+    return line.rstrip() != "}" and not line.startswith("HloModule ") and not _HEADER.match(line)
+
+
+def _is_open(text: str) -> bool:
+    plain = _QUOTED.sub("", text)
+    return plain.count("{") > plain.count("}")
 
 
 def _instruction(line: str) -> tuple[Instruction, bool]:
@@ -217,8 +274,17 @@ def _type(line: str, place: int) -> tuple[Type, int]:
     if found is None:
         raise ValueError(line)
     dims = tuple(int(x.lstrip("<=")) for x in found[2].split(",") if x)
-    space = _SPACE.search(found[3] or "")
-    return Shape(found[1], dims, int(space[1]) if space else 0), found.end()
+    layout = found[3] or ""
+    space, tile = _SPACE.search(layout), _TILE.search(layout)
+    order = re.findall(r"\d+", layout.partition(":")[0])
+    shape = Shape(
+        found[1],
+        dims,
+        int(space[1]) if space else 0,
+        tuple(int(x) for x in order),
+        tuple(int(x) for x in tile[1].split(",")) if tile else (),
+    )
+    return shape, found.end()
 
 
 def _closing(line: str, opening: int) -> int:

@@ -1,4 +1,8 @@
-"""How often the loops of a program go round, found by following the integers that their conditions look at."""
+"""How often the loops of a program go round, found by following the integers that their conditions look at.
+
+Where a loop has so many rounds at most and may end earlier, as decoding does once every answer has ended, the most of
+them count.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -7,7 +11,8 @@ from sharding.hlo import Computation, Instruction, Module, Shape
 
 MOST = 100_000  # rounds beyond which the text is taken not to tell
 
-CALLS = ("fusion", "call", "conditional", "async-start")  # what runs other computations once
+PARTS = ("fusion", "async-start")  # what is made of another computation
+CALLS = (*PARTS, "call", "conditional")  # what runs other computations once
 _UNARY = (
     "copy",
     "bitcast",
@@ -75,6 +80,11 @@ class _Scalars:
         if x.opcode not in _BINARY and x.opcode != "compare":
             return None
         a, b = (self(name) for name in x.operands)
+        if x.opcode == "and" and isinstance(x.type, Shape) and x.type.dtype == "pred":
+            a, b = (
+                (b if a is None else a),
+                (a if b is None else b),
+            )  # what is not known ends nothing
         if a is None or b is None:
             return None
         if x.opcode == "compare":
@@ -90,7 +100,7 @@ def _integer(x: Instruction) -> int | None:
 
 
 def trips(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often the `while` instruction `loop` of `computation` runs its body; None where the text does not tell.
+    """How often the `while` instruction `loop` of `computation` runs its body, at most; None: the text does not tell.
 
     What the compiler says of it (known_trip_count) counts; else the counter is followed from where it starts, round
     by round, until the condition fails.
@@ -125,10 +135,15 @@ class Visit(NamedTuple):
     times: int
     within: str  # the loop's body, or the entry, that runs it
     trips: int | None = None  # of a `while`: `trips`
+    fused: bool = False  # part of another instruction, which the schedule has
 
 
 def walk(
-    module: Module, computation: Computation | None = None, times: int = 1, within: str = ""
+    module: Module,
+    computation: Computation | None = None,
+    times: int = 1,
+    within: str = "",
+    fused: bool = False,
 ) -> Iterator[Visit]:
     """Every instruction of a program, in the order of its schedule.
 
@@ -139,10 +154,11 @@ def walk(
     within = within or computation.name
     for x in computation.instructions.values():
         rounds = trips(module, computation, x) if x.opcode == "while" else None
-        yield Visit(x, computation, times, within, rounds)
+        yield Visit(x, computation, times, within, rounds, fused)
         if x.opcode == "while":
             body = module[(x.attribute("body") or "").lstrip("%")]
             yield from walk(module, body, times * (1 if rounds is None else rounds))
         elif x.opcode in CALLS:
+            inside = fused or x.opcode in PARTS
             for name in x.called:
-                yield from walk(module, module[name], times, within)
+                yield from walk(module, module[name], times, within, inside)

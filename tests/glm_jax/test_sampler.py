@@ -68,11 +68,18 @@ def test_the_same_answers_wherever_they_are_drawn(
     np.testing.assert_allclose(our_logp, logp, atol=2e-5)
 
 
-@pytest.mark.parametrize("generation", ["1x1x1x8", "1x2x2x2"])
+@pytest.mark.parametrize(
+    ("num_layers", "training", "generation"),
+    [
+        (5, "2x1x2x2:circular", "1x1x1x8"),
+        (4, "2x1x2x2:gpipe", "1x2x2x2"),  # layers that lie in order are only cut in other places
+    ],
+)
 def test_a_lent_policy_is_held_once_and_comes_back_bit_for_bit(
-    odd: GLMConfig, generation: str
+    odd: GLMConfig, num_layers: int, training: str, generation: str
 ) -> None:
-    layout = get_layout("2x1x2x2:circular", 8)
+    odd = dataclasses.replace(odd, num_layers=num_layers)
+    layout = get_layout(training, 8)
     with jax.set_mesh(layout.mesh()):
         sample = Sampler(odd, SAMPLING, (2,), layout, get_layout(generation, 8))
         policy = _model(odd, layout)

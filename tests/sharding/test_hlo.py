@@ -35,8 +35,8 @@ def test_the_grammar_of_the_tpu_compiler_is_read() -> None:
     main, fused = module.entry, module["fused"]
     assert main.root.name == "out" and fused.root.operands == ("p.0", "c", "p.1")
     assert main["start"].type == (
-        (Shape("bf16", (256, 2)),),
-        Shape("bf16", (64, 2), 1),
+        (Shape("bf16", (256, 2), 0, (1, 0)),),
+        Shape("bf16", (64, 2), 1, (1, 0)),
         Shape("s32", (), 2),
     )
     assert [shape.num_bytes for shape in main["start"].arrays] == [1024, 256, 4]
@@ -46,6 +46,26 @@ def test_the_grammar_of_the_tpu_compiler_is_read() -> None:
     assert main["text"].attribute("calls") is None
     assert main["fusion.1"].called == ("fused",) and main["out"].called == ()
     assert fused["cut"].numbers("dynamic_slice_sizes") == (8, 1)
+
+
+def test_an_array_takes_the_tiles_that_it_lies_in() -> None:
+    main = parse(TPU).entry
+    (x,), (scalar,), (out,) = (main[name].arrays for name in ("x", "one", "out"))
+    assert (x.order, x.tile) == ((1, 0), (8, 128))
+    assert (x.num_bytes, x.stored_bytes) == (8 * 4 * 4, 8 * 128 * 4)
+    assert scalar.stored_bytes == 4 and out.stored_bytes == 256 * 4
+    # dimension 0 varies fastest
+    assert Shape("bf16", (3, 100), 0, (0, 1), (8, 128)).stored_bytes == 128 * 104 * 2
+
+
+def test_an_instruction_may_go_on_in_further_lines() -> None:
+    text = TPU.replace(
+        'custom_call_target="a(b{c",',
+        'custom_call_target="a(b{c", frontend_attributes={note={\n"depth": "{1"\n}},',
+    )
+    module = parse(text)
+    assert list(module.entry.instructions) == list(parse(TPU).entry.instructions)
+    assert '"depth": "{1"' in module.entry["text"].attributes
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from sharding.hlo import Module, parse, read
 from sharding.loops import walk
 
 
-def program(f: Callable[[Any], Any], said: bool) -> Module:
+def program(f: Callable[[Any], Any], said: bool, shape: tuple[int, int] = (4, 8)) -> Module:
     """The compiled program, without what the compiler says of its loops unless `said`."""
-    compiled = jax.jit(f).lower(jnp.ones((4, 8))).compile()
+    compiled = jax.jit(f).lower(jnp.ones(shape)).compile()
     if said:
         return read(compiled)
     text = compiled.as_text()
@@ -59,6 +59,19 @@ def test_a_loop_that_depends_on_data_is_not_known(said: bool) -> None:
         return jax.lax.while_loop(lambda x: jnp.sum(x) < 100, lambda x: 2 * x, x)
 
     assert rounds(program(f, said)) == [(None, 1)]
+
+
+def test_of_a_loop_that_may_end_early_the_most_rounds_count() -> None:
+    """As decoding does: so many tokens, unless every answer has ended."""
+
+    def f(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def goes_on(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return (state[0] < 6) & ~jnp.all(state[1] > 100)
+
+        return jax.lax.while_loop(goes_on, lambda s: (s[0] + 1, 2 * s[1]), (jnp.int32(0), x))
+
+    # of a smaller array the CPU's compiler makes a call, whose arguments are not followed
+    assert rounds(program(f, False, (256, 1024))) == [(6, 1)]
 
 
 # a counter that moves by two, through fusions and copies, and a bound that comes with the state

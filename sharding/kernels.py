@@ -13,6 +13,7 @@ PLAIN_CALLS = (
     "AsyncCollectiveDone",
     "AsyncCollectiveStart",
     "ConcatBitcast",
+    "ZeroCrop",
 )
 _SAID = re.compile(r'"flops":\s*"?(\d+)')
 # JAX's attention kernels for TPUs (jax.experimental.pallas.ops.tpu) -> products over [T, S] that each makes: scores

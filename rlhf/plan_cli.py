@@ -139,7 +139,7 @@ def _plan(
             raise UserError(f"{name} {number}: give a positive number")
     if cache is not None and (compiler_version() is None or not pod.chip.dims):
         why = "no compiler for TPUs here (pip install glm-jax[plan])" if pod.chip.dims else "GPUs"
-        console.print(f"{why}: layouts are counted from shapes alone")
+        console.print(f"{why}: layouts are counted from shapes alone", markup=False)
         cache = None
     with _progress(console) as heard:
         if asked.objective == "smallest":

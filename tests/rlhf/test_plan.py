@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from glm_jax.config import PRESETS, GLMConfig
+from rlhf.cli import main
 from rlhf.plan import plan as planning
 from rlhf.plan.candidates import find, layouts
 from rlhf.plan.page import cells, plan_table, report, write_page
@@ -209,3 +210,54 @@ def test_the_compiler_is_asked_once(tmp_path: Path) -> None:
     again = plan(task, find_pod("v5e:2x2"), tmp_path, 1)
     assert again.judged == first.judged
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.gz")}
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (
+            "--model chatglm3-6 --pod v5e:16x16",
+            "unknown model 'chatglm3-6': did you mean chatglm3-6b",
+        ),
+        (
+            "--model chatglm3-6b --pod v5e:16x32",
+            "unknown pod 'v5e:16x32': there are such as v5e:16x16",
+        ),
+        ("--model chatglm3-6b --pod v9:4x4", "no chip 'v9'"),
+        ("--model chatglm3-6b --pod v5e:2x2 --rough", "the smallest pod that would: v5e:4x4"),
+        ("--model chatglm3-6b --pod v5e:16x16 --batch 0", "batch = 0: give a positive number"),
+        ("--model chatglm3-6b --pod v5e:16x16 --top 0", "--top 0: give a positive number"),
+        ("--model chatglm3-6b --pod v5e:16x16 --batch 7 --rough", "batch: 7 rows do not divide"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_clear_line(
+    args: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *args.split()]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("glm-jax: error:") and error.count("\n") == 0
+    assert line in error
+
+
+def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / name for name in ("plan.json", "plan.html", "recipe.py")]
+    options = [
+        f"--{name}={path}" for name, path in zip(("json", "html", "recipe"), paths, strict=True)
+    ]
+    args = [
+        "plan",
+        "--model",
+        "chatglm3-6b",
+        "--pod",
+        "v5e:16x16",
+        "--rough",
+        "--top",
+        "3",
+        *options,
+    ]
+    assert main(args) == 0
+    assert all(path.exists() for path in paths)
+    rows = json.loads(paths[0].read_text())["layouts"]
+    assert len(rows) == 3
+    printed = capsys.readouterr().out
+    assert all(row["layout"] in printed for row in rows)

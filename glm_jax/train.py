@@ -13,9 +13,10 @@ from flax import nnx
 
 from glm_jax.batch import Sequences
 from glm_jax.keeper import NOTHING_KEPT, Keeper
-from glm_jax.loss import Count, cross_entropy, num_counted, token_logprobs
+from glm_jax.likelihood import sequence_logprobs
+from glm_jax.loss import Count, cross_entropy, num_counted
 from glm_jax.metrics import Metrics, Shares, combined, finished, neutral
-from glm_jax.model import CausalLM, apply_model
+from glm_jax.model import CausalLM
 from sharding.errors import UserError
 from sharding.layout import Layout
 
@@ -177,7 +178,7 @@ def language_loss(
     model: CausalLM, batch: Sequences, count: Count, layout: Layout
 ) -> tuple[jax.Array, Shares]:
     """Mean negative log-likelihood of the target tokens, nats/token."""
-    logp = token_logprobs(apply_model(model, batch.ids, batch.valid, layout), batch.ids)
+    logp = sequence_logprobs(model, batch.ids, batch.valid, layout)
     return cross_entropy(logp, batch.target, count), {"tokens": jnp.sum(batch.target)}
 
 

@@ -99,7 +99,7 @@ def _bench(config: BenchConfig) -> int:
 def _cases(config: BenchConfig, found: "Attached") -> "list[Case]":
     """A case a layout and job. Raises UserError on an option that fits none of them."""
     from rlhf.bench.case import Case, Model
-    from rlhf.layout_cli import find_layouts, find_preset
+    from rlhf.layout_cli import find_layouts, preset
     from rlhf.programs import JOBS, Workload
     from sharding.layout import REMATS, get_layout
 
@@ -109,7 +109,7 @@ def _cases(config: BenchConfig, found: "Attached") -> "list[Case]":
             raise UserError(
                 f"--jobs {config.jobs}: unknown job {job!r}: choose some of {', '.join(JOBS)}"
             )
-    find_preset(config.model)
+    preset(config.model)
     on_cpu = found.platform == "cpu"
     count = config.devices or found.count
     if count > found.count:

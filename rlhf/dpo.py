@@ -14,9 +14,9 @@ from jaxtyping import Array, Float
 from glm_jax.batch import Pairs, Prompts, Sequences
 from glm_jax.generate import Generation, SamplingConfig
 from glm_jax.keeper import NOTHING_KEPT, Keeper
-from glm_jax.loss import token_logprobs
+from glm_jax.likelihood import sequence_logprobs
 from glm_jax.metrics import Shares
-from glm_jax.model import CausalLM, apply_model
+from glm_jax.model import CausalLM
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.sampler import Sampler
 from glm_jax.scalar import ScalarModel, sequence_scores
@@ -82,8 +82,7 @@ PAIRS = LabelledPairs(Pairs(Sequences(0, 0, 0), Sequences(0, 0, 0)), 0)
 
 def answer_logprobs(model: CausalLM, sequences: Sequences, layout: Layout) -> Float[Array, " B"]:
     """log pi(y | x) in nats of whole answers."""
-    logits = apply_model(model, sequences.ids, sequences.valid, layout)
-    logp = token_logprobs(logits, sequences.ids)
+    logp = sequence_logprobs(model, sequences.ids, sequences.valid, layout)
     return jnp.sum(jnp.where(sequences.target, logp, 0.0), axis=1)
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.batch import Prompts, Sequences
-from glm_jax.loss import token_logprobs
-from glm_jax.model import CausalLM, apply_model
+from glm_jax.likelihood import sequence_logprobs
+from glm_jax.model import CausalLM
 from glm_jax.sampler import Sampler
 from glm_jax.tokenizers import Tokenizer
 from rlhf.data.oracle.oracle import gold_reward
@@ -91,7 +91,7 @@ def heldout_nll(model: CausalLM, batches: Iterable[Sequences], layout: Layout) -
 
     @jax.jit
     def sums(model: CausalLM, batch: Sequences) -> tuple[jax.Array, jax.Array]:
-        logp = token_logprobs(apply_model(model, batch.ids, batch.valid, layout), batch.ids)
+        logp = sequence_logprobs(model, batch.ids, batch.valid, layout)
         return jnp.sum(jnp.where(batch.target, logp, 0.0)), jnp.sum(batch.target)
 
     totals = [jax.device_get(sums(model, layout.put(batch))) for batch in batches]

@@ -69,8 +69,8 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
         return partial(_explain, model, layout, devices, batch, length, json)
 
 
-def find_preset(name: str) -> "Config":
-    """The shape of a preset. Raises UserError, naming the nearest ones, where there is none."""
+def preset(name: str) -> "Config":
+    """The preset of this name. Raises UserError with the nearest names where there is none."""
     import difflib
 
     from glm_jax.config import PRESETS
@@ -126,7 +126,7 @@ def _certify(names: Sequence[str], jobs: str, model: str, devices: int, json: Pa
     for job in chosen:
         if job not in JOBS:
             raise UserError(f"--jobs {jobs}: unknown job {job!r}: choose some of {', '.join(JOBS)}")
-    config = tiny(find_preset(model))
+    config = tiny(preset(model))
     use_devices(devices)
     layouts = find_layouts(names, devices)
     console = Console()
@@ -210,7 +210,7 @@ def _explain(
     from sharding.disk.directory import write_json
     from sharding.layout import get_layout
 
-    config = find_preset(model)
+    config = preset(model)
     layout = get_layout(name, devices)
     rows = batch or layout.ways("batch") * layout.microbatches
     found = explain(config, layout, rows, length)

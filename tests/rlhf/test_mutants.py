@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import glm_jax.layers
+import glm_jax.likelihood
 import glm_jax.train
 import glm_jax.trunk
 import glm_jax.weights
@@ -96,14 +97,14 @@ def _stale_weights(patch: Patch) -> None:
 
 def _label_shift(patch: Patch) -> None:
     """The first row of every shard of the batch is scored on labels that are one token late."""
-    token_logprobs = glm_jax.train.token_logprobs
+    token_logprobs = glm_jax.likelihood.token_logprobs
 
     def shifted(logits: Any, ids: Any, temperature: float = 1.0) -> Any:
         edge = (jnp.arange(len(ids)) % (len(ids) // 2) == 0)[:, None]
         late = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)))
         return token_logprobs(logits, jnp.where(edge, late, ids), temperature)
 
-    patch.setattr("glm_jax.train.token_logprobs", shifted)
+    patch.setattr("glm_jax.likelihood.token_logprobs", shifted)
 
 
 def _vocabulary_leak(patch: Patch) -> None:

@@ -25,7 +25,7 @@ class BenchConfig:
     # names, PIPExDATAxFSDPxTENSOR[:gpipe|circular[:MICROBATCHES[:REPEATS]]], all (every factorisation of the devices
     # with both schedules), or named (every name)
     layouts: tuple[str, ...] = ("named",)
-    jobs: str = "sft,reward,dpo,ppo"  # some of them
+    jobs: str = "sft,ppo"  # some of sft, reward, dpo and ppo
     model: str = "chatglm3-6b"  # a preset
     # few and odd sizes of its architecture instead of its own; where devices are CPUs there is no other
     tiny: bool = False
@@ -40,7 +40,7 @@ class BenchConfig:
     generation_layout: str | None = (
         None  # PPO samples in it; default: the layout without its pipeline
     )
-    steps: int = 10  # that are timed, after two that are not
+    steps: int = 5  # that are timed, after two that are not
     limit_s: float = 1800.0  # seconds after which a row is given up
     json: Path | None = None  # the table as JSON, written again after every row
     html: Path | None = None  # the same as a page

@@ -109,7 +109,7 @@ def test_every_job(
     options = ["--generation-layout", "1x4x1x2", "--remat", "full", "--steps", "2"]
     files = ["--json", str(report), "--html", str(tmp_path / "page.html")]
     named = ["--model", model, "--layouts", layout]
-    command = [*named, *options, *files, "--profile", str(traces)]
+    command = [*named, "--jobs", "sft,reward,dpo,ppo", *options, *files, "--profile", str(traces)]
     assert _bench(*command) == 0
     rows = [row_of(row) for row in json.loads(report.read_text())["rows"]]
     assert len(rows) == 4 and not [row.failure for row in rows if row.failure]

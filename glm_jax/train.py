@@ -17,6 +17,7 @@ from glm_jax.likelihood import sequence_logprobs
 from glm_jax.loss import Count, cross_entropy, num_counted
 from glm_jax.metrics import Metrics, Shares, combined, finished, neutral
 from glm_jax.model import CausalLM
+from sharding.compile import compiler_options
 from sharding.errors import UserError
 from sharding.layout import Layout
 
@@ -65,7 +66,7 @@ def make_update(
     layout: Layout,
     rows_of: Callable[[Any], Any] = lambda batch: batch,
 ) -> Update:
-    """The jitted update (state, batch) -> (state, metrics); the state is donated.
+    """The jitted update (state, batch) -> (state, metrics) on the current mesh; the state is donated.
 
     Where the gradient is not finite the weights and the optimizer come back as they were: NaN never reaches them
     (`require_finite`). The step counts all the same.
@@ -78,7 +79,7 @@ def make_update(
         rows_of: batch -> its rows, a pytree of arrays [B, ...].
     """
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         rows = rows_of(batch)
         count = counts(rows)

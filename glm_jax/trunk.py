@@ -92,7 +92,7 @@ class Trunk(nnx.Module):
         """
 
         def stage(
-            blocks: Any, real: jax.Array | None, state: tuple[jax.Array, Places]
+            blocks: Any, real: jax.Array | None, state: tuple[jax.Array, Places], layout: Layout
         ) -> tuple[jax.Array, Places]:
             x, places = state
             attend = over_sequences(places.sight, layout)

@@ -1,8 +1,31 @@
-"""What the compiler is asked to do: the programs of this process."""
+"""What the compiler is asked to do: with which options, and the programs of this process."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.monitoring
+
+from sharding.devices import mesh_platform
+
+# beside the compilers' own choice, for the programs that train
+OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "tpu": {
+        # do not cut products that wait for shards of their operands into loops of small ones: under tensor and pipeline
+        # axes that makes programs slower, and their compilation longer
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+        # reduce a gradient while the products after it run, ...
+        "xla_enable_async_all_reduce": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+        # ... which one that is reduced together with the layer's last cannot
+        "xla_jf_crs_combiner_threshold_in_bytes": str(2**21),
+    }
+}
+
+
+def compiler_options() -> dict[str, str]:
+    """What `jax.jit` is to tell the compiler of the current mesh's devices, described ones too."""
+    return dict(OPTIONS.get(mesh_platform() or "", {}))
+
 
 _compiled: list[str] = []
 

@@ -26,9 +26,6 @@ ENVIRONMENT: Mapping[str, str] = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-# Products that wait for shards of their operands are not cut into a loop of small ones: it made programs with tensor
-# and pipeline axes slower, and their compilation longer.
-OPTIONS: Mapping[str, str] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 _NEEDED = re.compile(r"\(?([\d.]+)([KMGT]?)\)? exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
@@ -89,7 +86,7 @@ def described_devices(pod: Pod) -> list[jax.Device]:
 def compile_for_pod(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Compile what was lowered for described devices. Raises OutOfMemory where it does not fit."""
     try:
-        return lowered.compile(compiler_options=dict(OPTIONS))
+        return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         verdict = out_of_memory(str(error))
         if verdict is None:

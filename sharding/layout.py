@@ -117,6 +117,11 @@ class Layout:
             self, rules=rules, microbatches=1, repeats=1, accumulate=1, remat="none"
         )
 
+    def with_whole(self, *logical: str) -> "Layout":
+        """This layout with these logical axes not split."""
+        rules = tuple((name, () if name in logical else axes) for name, axes in self.rules)
+        return dataclasses.replace(self, rules=rules)
+
     def axes(self, logical: str) -> tuple[str, ...]:
         """Mesh axes of size > 1 that `logical` is split over. Raises ValueError on an unknown name."""
         for name, axes in self.rules:

@@ -17,10 +17,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from sharding.layout import Layout
+from sharding.remat import rematerialised
 
 Pytree = Any
-# (parameters of a chunk of layers, which of them are real or None for all, state) -> state
-Stage = Callable[[Pytree, jax.Array | None, Pytree], Pytree]
+# (parameters of a chunk of layers, which of them are real or None for all, state, its layout) -> state
+Stage = Callable[[Pytree, jax.Array | None, Pytree, Layout], Pytree]
 
 IDLE = -1
 
@@ -92,29 +93,28 @@ def run_stages(
     if layout.ways("stage") > 1:
         return _run_pipeline(stage, params, real, state, layout)
     assert real is None  # one stage has a slot for every layer
-    return stage(jax.tree.map(lambda w: w[0], params), None, state)
+    return stage(jax.tree.map(lambda w: w[0], params), None, state, layout)
 
 
 def _run_pipeline(
     stage: Stage, params: Pytree, real: np.ndarray | None, state: Pytree, layout: Layout
 ) -> Pytree:
     stages, micro = layout.ways("stage"), layout.microbatches
-    (axis,) = layout.axes("stage")
     ticks, wait = num_ticks(layout), _period(layout) - stages
-    params = jax.tree.map(partial(_whole_chunks, layout=layout), params)
+    params = jax.tree.map(partial(_copied_chunks, layout=layout), params)
     if real is not None:
-        spec = layout.spec("stage", None, None)
-        params = params, jax.sharding.reshard(_chunked(jnp.asarray(real), layout), spec)
+        spec = layout.spec("stage", None)
+        params = params, _copied_chunks(jax.sharding.reshard(jnp.asarray(real), spec), layout)
     else:
         params = params, None
 
     def first(like: jax.Array) -> jax.Array:
-        return (jnp.arange(stages) == 0).reshape(-1, *[1] * (like.ndim - 1))
+        stage = jnp.arange(stages, out_sharding=layout.spec("stage"))
+        return (stage == 0).reshape(-1, *[1] * (like.ndim - 1))
 
     def empty(x: jax.Array, *lead: int) -> jax.Array:
-        shape, spec = (*lead, stages, *x.shape[1:]), layout.spec(None, "stage", "batch")
-        spec = PartitionSpec(*spec[1 - len(lead) :], *[None] * (x.ndim - 2))
-        return jnp.zeros(shape, x.dtype, out_sharding=spec)
+        spec = PartitionSpec(*[None] * len(lead), *jax.typeof(x).sharding.spec[1:])
+        return jnp.zeros((*lead, *x.shape[1:]), x.dtype, out_sharding=spec)
 
     def tick(carry: tuple[Pytree, Pytree], now: tuple[jax.Array, Pytree]) -> tuple[Pytree, Pytree]:
         (arrived, waiting), (t, new) = carry, now
@@ -130,31 +130,41 @@ def _run_pipeline(
             entering = arrived
 
         def enter(new: jax.Array, again: jax.Array, arrived: jax.Array) -> jax.Array:
-            head = jnp.where(t < micro, new[None], again)
+            head = jnp.where(t < micro, new, again)
             return jnp.where(first(arrived), head, arrived)
 
         inputs = jax.tree.map(enter, new, entering, arrived)
-        chunk: tuple[Pytree, Pytree] = jax.tree.map(lambda w: _pick_chunk(w, t, layout), params)
-        work = jax.vmap(lambda w, real, x: stage(w, real, x), spmd_axis_name=axis)
-        outputs = work(*chunk, inputs)
+        outputs = work(params, t, inputs)
         arrived = jax.tree.map(partial(_hand_on, layout=layout), outputs)
         return (arrived, waiting), arrived  # the ring has brought the last stage's output to slot 0
 
-    # what enters after the last microbatch is not used
-    feed = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, ticks - micro)] + [(0, 0)] * (x.ndim - 1)),
-        layout.pieces(state, micro),
-    )
+    def work(params: tuple[Pytree, Pytree], t: jax.Array, inputs: Pytree) -> Pytree:
+        chunk: tuple[Pytree, Pytree] = jax.tree.map(lambda w: _pick_chunk(w, t, layout), params)
+        return _everywhere(stage, chunk, inputs, layout)
+
+    if num_repeats(layout) > 1:  # else every tick would keep the weights that it picks
+        work = rematerialised(work, layout.remat)
+
+    def fed(x: jax.Array) -> jax.Array:
+        # to every stage its own, of which only the first's counts: so its gradient stays there until the ticks are over
+        spec = layout.spec(None, "stage", "batch", *[None] * (x.ndim - 1))
+        shards = _by_shards(x, layout)
+        shape = (micro, stages, *shards.shape[1:])
+        own = jnp.broadcast_to(shards[:, None], shape, out_sharding=spec)
+        # what enters after the last microbatch is not used
+        return jnp.pad(own, [(0, ticks - micro)] + [(0, 0)] * (own.ndim - 1))
+
+    feed = jax.tree.map(fed, layout.pieces(state, micro))
     waiting = jax.tree.map(lambda x: empty(x, wait), feed) if wait else None
     carry = (jax.tree.map(empty, feed), waiting)
     _, outputs = jax.lax.scan(tick, carry, (jnp.arange(ticks), feed))
 
     def rows(x: jax.Array, like: jax.Array) -> jax.Array:
-        # slot 0 of [tick, P, b, ...] for all stages, as a sum since the stage dimension is split
+        # slot 0 of [tick, P, shard, b, ...] for all stages, as a sum since the stage dimension is split
         last = x[ticks - micro :]
         finished = jnp.sum(jnp.where(first(last[0]), last, 0), axis=1, dtype=x.dtype)
         spec = layout.spec("batch", *[None] * (like.ndim - 1))
-        return jnp.reshape(jnp.moveaxis(finished, 0, 1), like.shape, out_sharding=spec)
+        return jnp.reshape(jnp.moveaxis(finished, 0, 2), like.shape, out_sharding=spec)
 
     return jax.tree.map(rows, outputs, state)
 
@@ -165,20 +175,57 @@ def _chunked(w: jax.Array, layout: Layout) -> jax.Array:
     return jnp.reshape(w, (w.shape[0], repeats, w.shape[1] // repeats, *w.shape[2:]))
 
 
-def _whole_chunks(w: jax.Array, layout: Layout) -> jax.Array:
-    """`_chunked`, every stage's weights gathered over the axes that only split them for storage (FSDP).
+def _everywhere(
+    stage: Stage, chunk: tuple[Pytree, Pytree], inputs: Pytree, layout: Layout
+) -> Pytree:
+    """Every stage's chunk on every shard of the batch, state [stage, shard, rows, ...]: under one vmap over both."""
+    both = layout.axes("stage") + layout.axes("batch")
+    count = layout.ways("stage"), layout.ways("batch")
 
-    Once, ahead of the ticks: left to the compiler they are gathered again at every tick.
+    def merged(x: jax.Array) -> jax.Array:
+        spec = PartitionSpec(both, *jax.typeof(x).sharding.spec[2:])
+        return jnp.reshape(x, (-1, *x.shape[2:]), out_sharding=spec)
+
+    def parted(x: jax.Array) -> jax.Array:
+        spec = PartitionSpec(*layout.spec("stage", "batch"), *jax.typeof(x).sharding.spec[1:])
+        return jnp.reshape(x, (*count, *x.shape[1:]), out_sharding=spec)
+
+    own = layout.with_whole("batch")
+    work = jax.vmap(lambda params, real, x: stage(params, real, x, own), spmd_axis_name=both)
+    return jax.tree.map(parted, work(*jax.tree.map(merged, (*chunk, inputs))))
+
+
+def _by_shards(x: jax.Array, layout: Layout) -> jax.Array:
+    """[M, B, ...] -> [M, shard of the batch, rows of it, ...]."""
+    shards = layout.ways("batch")
+    shape = (len(x), shards, x.shape[1] // shards, *x.shape[2:])
+    return jnp.reshape(x, shape, out_sharding=layout.spec(None, "batch", *[None] * (x.ndim - 1)))
+
+
+def _copied_chunks(w: jax.Array, layout: Layout) -> jax.Array:
+    """[stage, slot, ...] -> [stage, repeat, shard of the batch, slot of the chunk, ...]: whole weights for every shard.
+
+    So they are gathered once, ahead of the ticks, and the gradients of a shard's copy add up on its device and are
+    reduced once, behind them: left to the compiler either happens again at every tick.
     """
     storage = set(layout.axes("embed_weight"))
+    chunked = _chunked(w, layout)
+    spec = jax.typeof(chunked).sharding.spec
+
+    def gathered(w: jax.Array) -> jax.Array:
+        for dim, part in enumerate(spec):
+            axes = tuple(a for a in (part if isinstance(part, tuple) else (part,)) if a in storage)
+            if axes:
+                w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+        return w[:, :, None]
 
     def kept(part: Any) -> Any:
         axes = tuple(a for a in (part if isinstance(part, tuple) else (part,)) if a not in storage)
         return axes[0] if len(axes) == 1 else axes or None
 
-    spec = jax.typeof(w).sharding.spec
-    whole = PartitionSpec(*(kept(part) for part in spec))
-    return _chunked(jax.sharding.reshard(w, whole), layout)
+    stage, repeat, *rest = (kept(part) for part in spec)
+    out = PartitionSpec(stage, repeat, *layout.spec("batch"), *rest)
+    return jax.shard_map(gathered, in_specs=spec, out_specs=out)(chunked)
 
 
 def _pick_chunk(w: jax.Array, t: jax.Array, layout: Layout) -> jax.Array:

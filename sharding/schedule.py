@@ -19,7 +19,7 @@ from sharding.loops import PARTS, Visit, trips, walk
 from sharding.network import Transfer, transfer
 from sharding.traffic import memory_bytes
 
-# What real chips reach of their peak.
+# What real chips reach of their peak; docs/planning.md has what these were held against.
 PRODUCT_SHARE = 0.95  # in products
 KERNEL_SHARE = 0.4  # in attention kernels, whose products are small and wait for softmax
 MEMORY_SHARE = 0.85

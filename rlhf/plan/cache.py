@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 
 from sharding.chips import Pod
+from sharding.compile import OPTIONS
 from sharding.described import (
-    OPTIONS,
     OutOfMemory,
     compile_for_pod,
     compiler_version,
@@ -50,13 +50,8 @@ class Cache:
 
 
 def _key(lowered: jax.stages.Lowered, pod: Pod) -> str:
-    parts = (
-        lowered.as_text(),
-        compiler_version(),
-        jax.__version__,
-        pod.name,
-        sorted(OPTIONS.items()),
-    )
+    options = sorted(OPTIONS["tpu"].items())  # of programs that train; the text does not have them
+    parts = (lowered.as_text(), compiler_version(), jax.__version__, pod.name, options)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

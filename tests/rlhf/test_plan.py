@@ -16,13 +16,14 @@ from rlhf.plan.page import cells, plan_table, report, write_page
 from rlhf.plan.plan import Plan, Task, plan, smallest
 from rlhf.plan.recipe import write_recipe
 from rlhf.plan.rough import num_weights, rough
-from rlhf.plan.verdict import ProgramVerdict, Request, Verdict, as_json, from_json
+from rlhf.plan.verdict import ProgramVerdict, Request, Verdict, as_json, ask, from_json
 from rlhf.programs import Workload
 from rlhf.recipe import Recipe, check
 from rlhf.recipe_file import load_recipe
 from sharding.chips import GIB, find_pod
 from sharding.errors import UserError
 from sharding.layout import parse_layout, spell_layout
+from sharding.pipeline import layer_slots, num_ticks
 
 CHATGLM3 = dataclasses.replace(PRESETS["chatglm3-6b"], compute_dtype="bfloat16")
 WORK = Workload(512, 1024, 1024)
@@ -277,3 +278,41 @@ def test_the_choice_is_within_five_percent_of_the_best_of_all_layouts(tmp_path: 
     assert len(everything.judged) == everything.candidates > 100
     fastest = min(one.step_s for one in everything.judged if one.fits)
     assert chosen.step_s <= 1.05 * fastest, everything.best
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed"
+)
+@pytest.mark.parametrize(
+    ("model", "pod", "name", "rows", "length"),
+    [
+        ("chatglm3-6b", "v5e:16x16", "1x1x256x1", 512, 2048),
+        ("chatglm3-6b", "v5e:16x16", "4x1x64x1:gpipe:8:1", 512, 2048),
+        ("glm-4-32b-0414", "v5p:4x4x4", "1x1x64x1", 128, 4096),
+    ],
+)
+def test_flops_of_the_presets_are_those_of_a_hand_count(
+    model: str, pod: str, name: str, rows: int, length: int, tmp_path: Path
+) -> None:
+    """Of one device under full remat: layers forward twice and backward, in every tick of a pipeline."""
+    config = dataclasses.replace(PRESETS[model], compute_dtype="bfloat16")
+    layout = dataclasses.replace(parse_layout(name), remat="full")
+    half = length // 2
+    request = Request(
+        "sft", config, layout, None, Workload(rows, half, length - half), find_pod(pod)
+    )
+    (found,) = ask(request, tmp_path).programs
+    tokens = rows * length // layout.ways("batch")
+    D, F, heads = config.hidden_size, config.ffn_size, config.num_heads * config.head_dim
+    into = D * (heads + 2 * config.num_kv_groups * config.head_dim) + 2 * D * F
+    # each is two operations, and its gradient two products; of the last, down to D, only a norm behind it asks again
+    down = 4 if isinstance(config, GLMConfig) and config.sandwich_norms else 3
+    layer = 2 * tokens * (4 * (into + D * heads) + down * D * F)
+    blocks = length // 512
+    pairs = 512 * 512 * blocks * (blocks + 1) // 2  # that a causal mask leaves, in whole blocks
+    layer += 9 * 2 * (tokens // length) * pairs * heads  # two products twice, five of the gradient
+    head = 4 * 2 * tokens * D * config.vocab_size // layout.ways("vocab")
+    ticks = num_ticks(layout) / layout.microbatches  # a stage works in every one
+    slots = layer_slots(config.num_layers, layout).shape[1]
+    assert found.flops == pytest.approx(slots * ticks * layer + head, rel=0.02)

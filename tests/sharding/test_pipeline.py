@@ -1,6 +1,7 @@
 """The pipeline computes what the plain stack of layers does, and communicates only what it must."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,17 @@ import numpy as np
 import pytest
 from jax import Array
 
-from sharding.layout import Layout
+from sharding.collectives import collectives
+from sharding.hlo import read
+from sharding.layout import Layout, Remat
 from sharding.pipeline import bubble_fraction, layer_slots, run_stages, schedule
 
 LAYERS, WIDTH, ROWS = 5, 8, 24
 
 
-def _stage(weights: Array, real: Array | None, state: tuple[Array, Array]) -> tuple[Array, Array]:
+def _stage(
+    weights: Array, real: Array | None, state: tuple[Array, Array], layout: Layout
+) -> tuple[Array, Array]:
     def layer(x: Array, now: tuple[Array, Array | None]) -> tuple[Array, None]:
         w, is_real = now
         y = jnp.tanh(x @ w) + state[1][:, None]
@@ -58,11 +63,13 @@ def _run(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("microbatches", [1, 2, 3, 6])
 @pytest.mark.parametrize("repeats", [1, 2, 3])
-@pytest.mark.parametrize(("pipe", "data", "fsdp"), [(2, 2, 1), (4, 1, 2)])
+@pytest.mark.parametrize(
+    ("pipe", "data", "fsdp", "remat"), [(2, 2, 1, "none"), (4, 1, 2, "none"), (2, 2, 2, "full")]
+)
 def test_values_and_gradients_equal_the_plain_stack(
-    pipe: int, data: int, fsdp: int, repeats: int, microbatches: int
+    pipe: int, data: int, fsdp: int, remat: Remat, repeats: int, microbatches: int
 ) -> None:
-    layout = Layout(pipe, data, fsdp, microbatches=microbatches, repeats=repeats)
+    layout = Layout(pipe, data, fsdp, microbatches=microbatches, repeats=repeats, remat=remat)
     for ours, plain in zip(_run(layout), _run(Layout()), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5 * np.abs(plain).max())
 
@@ -91,6 +98,39 @@ def test_fsdp_gathers_the_weights_of_a_stage_once_and_not_at_every_tick() -> Non
     assert text is not None
     entry = text[text.index("ENTRY") :]
     assert text.count(" all-gather(") == entry.count(" all-gather(") == 1
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_gradients_of_weights_are_reduced_once_and_not_at_every_tick(repeats: int) -> None:
+    layout = Layout(pipe=2, data=2, fsdp=2, microbatches=3, repeats=repeats, remat="full")
+    weights, x, shift = _inputs()
+
+    def loss(w: Array, state: tuple[Array, Array]) -> Array:
+        return jnp.sum(run_stages(_stage, w, state, LAYERS, layout)[0])
+
+    with jax.set_mesh(layout.mesh()):
+        args = _stacked(weights, layout), layout.put((x, shift))
+        module = read(jax.jit(jax.grad(loss)).lower(*args).compile())
+    assert {x.kind for x in collectives(module) if x.times > 1} == {"collective-permute"}
+
+
+def test_what_a_tick_picks_is_not_kept_for_the_gradient() -> None:
+    """Where a batch goes around several times, each tick works with a chunk of its own of the stage's weights."""
+
+    def kept(remat: Remat) -> int:
+        layout = Layout(pipe=2, microbatches=8, repeats=4, remat=remat)
+        w = jnp.zeros((2, 4, 64, 64), out_sharding=layout.spec("stage", None, None, None))
+        state = layout.put((np.zeros((8, 64), np.float32), np.zeros(8, np.float32)))
+
+        def loss(w: Array) -> Array:
+            return jnp.sum(run_stages(_stage, w, state, 8, layout)[0])
+
+        memory: Any = jax.jit(jax.grad(loss)).lower(w).compile().memory_analysis()
+        return int(memory.temp_size_in_bytes)
+
+    with jax.set_mesh(Layout(pipe=2).mesh()):
+        ticks = 33
+        assert kept("full") < kept("none") - ticks * 64 * 64 * 4 // 2
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 4, 7, 16])

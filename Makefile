@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint sentinel clean
 
 demo: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/glm-jax run configs/demo.py
@@ -19,6 +19,14 @@ lint: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+# the TPU compiler lies in a folder of its own: where it is installed, JAX looks for TPUs
+sentinel: .venv/.installed .libtpu/.installed
+	JAX_PLATFORMS=cpu PYTHONPATH=.libtpu $(BIN)/python benchmarks/sentinel.py
+
+.libtpu/.installed: pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .libtpu "libtpu==0.0.42"
+	touch $@
+
 # installed again only when the dependencies change
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "glm-jax needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -27,4 +35,4 @@ lint: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .libtpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -109,6 +109,15 @@ def _check_splits(config: Config, layout: Layout) -> None:
             )
 
 
+def check_context(shape: Config, name: str, tokens: int) -> None:
+    """Raise UserError where sequences of `tokens` tokens do not fit the model's context."""
+    if tokens > shape.max_length:
+        raise UserError(
+            f"{name} = {tokens} tokens exceed the context of model.max_length = {shape.max_length}: "
+            f"shorten them or raise it"
+        )
+
+
 CHATGLM_6B = GLMV1Config(
     vocab_size=130528, hidden_size=4096, num_layers=28, num_heads=32, ffn_size=16384
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from rlhf import checkpoint_cli, data_cli, layout_cli, model_cli, plan_cli, reward_cli
+from rlhf import bench_cli, checkpoint_cli, data_cli, layout_cli, model_cli, plan_cli, reward_cli
 from rlhf.recipe_file import load_recipe, override
 from sharding.errors import LostPeers, UserError
 
@@ -108,6 +108,7 @@ def _commands(options: list[str]) -> tyro.extras.SubcommandApp:
 
     model_cli.add_commands(app)
     layout_cli.add_commands(app)
+    bench_cli.add_commands(app)
     plan_cli.add_commands(app)
     data_cli.add_commands(app)
     reward_cli.add_commands(app)

@@ -69,7 +69,8 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
         return partial(_explain, model, layout, devices, batch, length, json)
 
 
-def _preset(name: str) -> "Config":
+def preset(name: str) -> "Config":
+    """The preset of this name. Raises UserError with the nearest names where there is none."""
     import difflib
 
     from glm_jax.config import PRESETS
@@ -80,7 +81,8 @@ def _preset(name: str) -> "Config":
     return PRESETS[name]
 
 
-def _layouts(names: Sequence[str], devices: int) -> "dict[str, Layout]":
+def find_layouts(names: Sequence[str], devices: int) -> "dict[str, Layout]":
+    """The layouts that --layouts names, all and named included, as they are to be called. Raises UserError."""
     from sharding.layout import LAYOUTS, factorisations, get_layout, spell_layout
 
     found: dict[str, Layout] = {}
@@ -124,9 +126,9 @@ def _certify(names: Sequence[str], jobs: str, model: str, devices: int, json: Pa
     for job in chosen:
         if job not in JOBS:
             raise UserError(f"--jobs {jobs}: unknown job {job!r}: choose some of {', '.join(JOBS)}")
-    config = tiny(_preset(model))
+    config = tiny(preset(model))
     use_devices(devices)
-    layouts = _layouts(names, devices)
+    layouts = find_layouts(names, devices)
     console = Console()
     rows = []
     with _programs_kept():
@@ -208,7 +210,7 @@ def _explain(
     from sharding.disk.directory import write_json
     from sharding.layout import get_layout
 
-    config = _preset(model)
+    config = preset(model)
     layout = get_layout(name, devices)
     rows = batch or layout.ways("batch") * layout.microbatches
     found = explain(config, layout, rows, length)

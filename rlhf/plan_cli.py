@@ -1,11 +1,13 @@
-"""The commands of `glm-jax` that tell what programs take: cost."""
+"""The commands of `glm-jax` that tell what programs take on a pod: cost and plan."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import tyro
 
@@ -14,6 +16,8 @@ from sharding.errors import UserError
 if TYPE_CHECKING:  # slow to import, and --help has no use for them
     from rich.console import Console
 
+    from glm_jax.config import Config
+    from rlhf.plan.plan import Judged
     from sharding.chips import Pod
     from sharding.collectives import Collective
     from sharding.cost import Cost
@@ -21,6 +25,7 @@ if TYPE_CHECKING:  # slow to import, and --help has no use for them
     from sharding.schedule import Estimate
 
 Job = Callable[[], int | None]
+WIDTH = 180  # columns of what is no terminal
 
 
 def add_commands(app: tyro.extras.SubcommandApp) -> None:
@@ -47,6 +52,133 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
             json: Write it there too.
         """
         return partial(_cost, program, pod, model_flops, mesh, json)
+
+    @app.command
+    def plan(
+        model: str,
+        pod: str,
+        job: Literal["sft", "reward", "dpo", "ppo"] = "sft",
+        batch: int = 256,
+        prompt_length: int = 1024,
+        response_length: int = 1024,
+        objective: Literal["time", "memory", "smallest"] = "time",
+        top: int = 10,
+        jobs: int = 1,
+        rough: bool = False,
+        cache: Path = Path("~/.cache/glm-jax/programs"),
+        json: Path | None = None,
+        html: Path | None = None,
+        recipe: Path | None = None,
+    ) -> Job:
+        """Find the best layouts of a job on a pod that nobody has here, or the smallest pod that fits it.
+
+        Every layout is counted roughly; the best are compiled by the real TPU compiler, which says what memory they
+        take, and their schedules are walked against the limits of the chip. Programs are compiled once: the next plan
+        reads them. Interrupted, those that were compiled are kept.
+
+        Args:
+            model: A preset, or the directory of a model.
+            pod: Such as v5e:16x16, v5p:4x4x4, v5e:16x16:2 (two slices) or h100:64.
+            job: What is trained.
+            batch: Sequences of an update (sft), pairs (reward, dpo), answers of an iteration (ppo).
+            prompt_length: Tokens of a prompt.
+            response_length: Tokens of an answer.
+            objective: Shortest step, least memory, or the smallest pod of this kind of chip.
+            top: Layouts to compile and show.
+            jobs: Compilers at a time; each takes about 2 GB.
+            rough: Ask no compiler.
+            cache: Where compiled programs are kept.
+            json: Write the plan there too.
+            html: Write a page with pictures there.
+            recipe: Write the best layout there as a recipe that `glm-jax run` accepts.
+        """
+        asked = _Asked(model, pod, job, batch, prompt_length, response_length, objective, top)
+        return partial(
+            _plan, asked, jobs, None if rough else cache.expanduser(), json, html, recipe
+        )
+
+
+class _Asked(NamedTuple):
+    """What a plan is asked for."""
+
+    model: str
+    pod: str
+    job: str
+    batch: int
+    prompt_length: int
+    response_length: int
+    objective: Literal["time", "memory", "smallest"]
+    top: int
+
+
+def _plan(
+    asked: _Asked,
+    workers: int,
+    cache: Path | None,
+    json: Path | None,
+    page: Path | None,
+    recipe: Path | None,
+) -> None:
+    from rich.console import Console
+
+    from rlhf.plan.page import plan_table, report, write_page
+    from rlhf.plan.plan import Task, plan, smallest
+    from rlhf.plan.recipe import write_recipe
+    from rlhf.programs import Workload
+    from sharding.chips import find_pod
+    from sharding.described import compiler_version
+    from sharding.disk.directory import write_json
+
+    # a table's columns do not become narrower for a file
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    pod, config = find_pod(asked.pod), _model(asked.model)
+    work = Workload(asked.batch, asked.prompt_length, asked.response_length)
+    task = Task(asked.job, asked.model, config, work, asked.objective)
+    for name, number in (("--top", asked.top), ("--jobs", workers)):
+        if number < 1:
+            raise UserError(f"{name} {number}: give a positive number")
+    if cache is not None and (compiler_version() is None or not pod.chip.dims):
+        why = "no compiler for TPUs here (pip install glm-jax[plan])" if pod.chip.dims else "GPUs"
+        console.print(f"{why}: layouts are counted from shapes alone", markup=False)
+        cache = None
+    with _progress(console) as heard:
+        if asked.objective == "smallest":
+            found = smallest(task, pod, cache, workers)
+        else:
+            found = plan(task, pod, cache, asked.top, workers, heard)
+    console.print(plan_table(found))
+    if json is not None:
+        write_json(json, report(found))
+    if page is not None:
+        write_page(found, page)
+    if found.best is None:
+        raise UserError(
+            f"of {len(found.judged)} layouts compiled none fits on {found.pod.name}: raise --top"
+        )
+    if recipe is not None:
+        write_recipe(found, recipe)
+        console.print(f"recipe: {recipe}")
+
+
+@contextmanager
+def _progress(console: "Console") -> "Iterator[Callable[[int, int, Judged], None]]":
+    """A bar of the candidates compiled so far."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as bar:
+        shown = bar.add_task("compiling", total=None)
+        yield lambda done, count, one: bar.update(
+            shown, completed=done, total=count, description=one.candidate.name
+        )
+
+
+def _model(name: str) -> "Config":
+    """A preset in bfloat16, or the shape of the model in a directory."""
+    from glm_jax.checkpoint import read_shape
+    from rlhf.layout_cli import preset
+
+    config = read_shape(Path(name)) if Path(name).is_dir() else preset(name)
+    return dataclasses.replace(config, compute_dtype="bfloat16")
 
 
 def _cost(
@@ -173,6 +305,7 @@ def _report(
         "mfu": mfu,
         "flops": found.flops,
         "hbm_bytes": found.memory_bytes,
+        "estimated_cycles": found.cycles,
         "sent_bytes": found.sent_bytes,
         "custom_calls": dict(found.kernels),
         "while_loops": [dataclasses.asdict(loop) for loop in found.loops],

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from glm_jax.batch import Judged
-from glm_jax.config import Config
+from glm_jax.config import Config, check_context
 from glm_jax.flops import forward_flops, training_flops
 from glm_jax.generate import Generation
 from glm_jax.model import CausalLM, init_model
@@ -26,7 +26,6 @@ from rlhf import shapes
 from rlhf.dpo import DPOConfig, LabelledPairs, dpo_update
 from rlhf.ppo import Models, PPOConfig
 from rlhf.ppo_iteration import Iteration, make_iteration
-from rlhf.recipe import check_context
 from rlhf.reward import RewardConfig, reward_update
 from rlhf.sft import SFTConfig, sft_update
 from sharding.errors import UserError
@@ -101,7 +100,7 @@ def programs(
     `generation` is the layout in which PPO samples (default: `layout` without its pipeline); of `ppo` the batch and the
     length of answers are those of the workload. Raises UserError where job, layout, model and workload do not fit.
     """
-    check(job, config, layout, workload)
+    check(job, config, layout, workload, generation, ppo)
     roles = _roles(job, config, layout, ppo)
     if job == "ppo":
         return _ppo(config, workload, iteration(config, layout, workload, generation, ppo), roles)
@@ -126,12 +125,21 @@ def step_tokens(job: str, workload: Workload) -> int:
     return (rows + (workload.sft_rows(workload.batch) if job == "dpo" else 0)) * workload.length
 
 
-def check(job: str, config: Config, layout: Layout, workload: Workload) -> None:
-    """Raise UserError where these do not fit each other."""
+def check(
+    job: str,
+    config: Config,
+    layout: Layout,
+    workload: Workload,
+    generation: Layout | None = None,
+    ppo: PPOConfig = PPOConfig(),
+) -> None:
+    """Raise UserError where these do not fit each other, as `programs` does."""
     if job not in JOBS:
         raise UserError(f"unknown job {job!r}: choose some of {', '.join(JOBS)}")
     config.check(layout)
-    if job != "ppo":  # of whose batch an update gets a part
+    if job == "ppo":  # of whose batch an update gets a part
+        _settings(workload, ppo).check(layout, (generation or layout).for_generation())
+    else:
         layout.check_batch(workload.batch, "batch")
     if job in ("dpo", "ppo") and workload.sft_batch is not None:
         layout.check_batch(workload.sft_batch, "sft_batch")
@@ -147,12 +155,15 @@ def iteration(
     ppo: PPOConfig = PPOConfig(),
 ) -> Iteration:
     """The iteration of PPO that `programs` lists; no answer of it ends before `workload.response_length` tokens."""
-    sampling = dataclasses.replace(ppo.sampling, max_new_tokens=workload.response_length)
-    settings = dataclasses.replace(ppo, batch_size=workload.batch, sampling=sampling)
+    settings = _settings(workload, ppo)
     no_token = (config.vocab_size,)
-    sample = Sampler(config, sampling, no_token, layout, generation)
-    settings.check(layout, sample.generation)
+    sample = Sampler(config, settings.sampling, no_token, layout, generation)
     return make_iteration(settings, ppo_optimizers(settings), sample, STOP_ID, layout)
+
+
+def _settings(workload: Workload, ppo: PPOConfig) -> PPOConfig:
+    sampling = dataclasses.replace(ppo.sampling, max_new_tokens=workload.response_length)
+    return dataclasses.replace(ppo, batch_size=workload.batch, sampling=sampling)
 
 
 def ppo_optimizers(ppo: PPOConfig) -> tuple[Optimizer, Optimizer]:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from glm_jax.checkpoint import read_shape
-from glm_jax.config import Config, GLMConfig
+from glm_jax.config import Config, GLMConfig, check_context
 from glm_jax.continuous import RolloutConfig
 from rlhf.data.files.files import FilesData
 from rlhf.data.oracle.oracle import OracleData
@@ -17,7 +17,6 @@ from rlhf.progress import SavingConfig
 from rlhf.reference import SelectionConfig
 from rlhf.reward import RewardConfig
 from rlhf.sft import SFTConfig
-from sharding.errors import UserError
 from sharding.layout import Layout, Remat, get_layout
 
 
@@ -111,12 +110,3 @@ def check(recipe: Recipe) -> tuple[Layout, Layout]:
     if recipe.rollout.slots is not None:
         recipe.rollout.check(generation, recipe.prompt_length)
     return layout, generation
-
-
-def check_context(shape: Config, name: str, tokens: int) -> None:
-    """Raise UserError where sequences of `tokens` tokens do not fit the model's context."""
-    if tokens > shape.max_length:
-        raise UserError(
-            f"{name} = {tokens} tokens exceed the context of model.max_length = {shape.max_length}: "
-            f"shorten them or raise it"
-        )

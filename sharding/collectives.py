@@ -14,6 +14,10 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 # a fusion of this name wraps an all-reduce of which every device keeps its part: that is a reduce-scatter
 SCATTERED = "all-reduce-scatter"
 _MESH = re.compile(r"'([^']+)'=(\d+)")
+# between TPU slices a collective is a message to the runtime, which brings back the result
+_ACROSS = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}')
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -61,8 +65,7 @@ def collectives(module: Module) -> Iterator[Collective]:
     seen: set[tuple[str, str]] = set()
     for visit in walk(module):
         x, channel = visit.instruction, visit.instruction.attribute("channel_id")
-        kind = x.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        if kind_of(x) is None:
             continue
         if channel is not None and visit.computation.name != visit.within:
             if (channel, visit.within) in seen:
@@ -71,6 +74,21 @@ def collectives(module: Module) -> Iterator[Collective]:
         found = collective(visit, module.num_partitions)
         if found.group_size > 1:
             yield found
+
+
+def kind_of(x: Instruction) -> str | None:
+    """What collective an instruction starts; None where it starts none."""
+    if x.opcode == "send":
+        across = _ACROSS.search(x.attributes)
+        return across[1].lower().replace("_", "-") if across else None
+    kind = x.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def rendezvous(x: Instruction) -> str | None:
+    """What the two messages of a collective between slices have in common."""
+    found = _RENDEZVOUS.search(x.attributes)
+    return found[1] if found else None
 
 
 def count_collectives(module: Module) -> Counter[str]:
@@ -84,10 +102,13 @@ def count_collectives(module: Module) -> Counter[str]:
 
 
 def collective(visit: Visit, num_devices: int) -> Collective:
-    """The one that an instruction of a program on `num_devices` devices starts."""
+    """The one that an instruction starts; `num_devices` run the program, of several slices those of one."""
     x, computation = visit.instruction, visit.computation
-    kind = x.opcode.removesuffix("-start")
+    kind = kind_of(x) or x.opcode
     given = sum(_num_bytes(computation, name) for name in x.operands)
+    if x.opcode == "send":
+        data = _num_bytes(computation, x.operands[0])
+        return Collective(kind, x.name, _across_slices(x, num_devices), data, visit.times)
     if kind == "collective-permute":
         numbers = [int(n) for n in re.findall(r"\d+", _nested(x, "source_target_pairs"))]
         pairs = tuple(zip(numbers[::2], numbers[1::2], strict=True))
@@ -97,6 +118,14 @@ def collective(visit: Visit, num_devices: int) -> Collective:
     if kind == "all-reduce" and computation.name.startswith(SCATTERED):
         kind = "reduce-scatter"
     return Collective(kind, x.name, groups, whole, visit.times)
+
+
+def _across_slices(x: Instruction, slice_devices: int) -> Groups:
+    """The same device of every slice; devices of a slice are numbered one after the other."""
+    found = _SLICES.search(x.attributes)
+    count = len(found[1].split(",")) if found else 2
+    ids = np.arange(count * slice_devices).reshape(count, slice_devices)
+    return _rows(ids.T, [count])
 
 
 def replica_groups(x: Instruction, num_devices: int) -> Groups:

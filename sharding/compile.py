@@ -10,6 +10,9 @@ from sharding.devices import mesh_platform
 # beside the compilers' own choice, for the programs that train
 OPTIONS: Mapping[str, Mapping[str, str]] = {
     "tpu": {
+        # do not cut products that wait for shards of their operands into loops of small ones: under tensor and pipeline
+        # axes that makes programs slower, and their compilation longer
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
         # reduce a gradient while the products after it run, ...
         "xla_enable_async_all_reduce": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from sharding.hlo import Module, parse
 from sharding.kernels import kernel, kernel_flops
 from sharding.loops import walk
 from sharding.traffic import memory_bytes
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Cost:
 
     flops: int  # of matrix products, those of attention kernels too
     memory_bytes: int  # read and written, as instructions ask for it
+    cycles: int  # what XLA's TPU compiler estimates of its own instructions, kernels and collectives left out
     loops: tuple[Loop, ...]
     collectives: tuple[Collective, ...]
     kernels: Mapping[str, int]  # targets of custom calls whose products are not known -> runs
@@ -45,19 +49,21 @@ class Cost:
 
 def cost(module: Module) -> Cost:
     """Read from the program's text; every loop's body counts as often as it runs."""
-    products, moved, loops, kernels = 0, 0, [], Counter[str]()
+    products, moved, cycles, loops, kernels = 0, 0, 0, [], Counter[str]()
     for visit in walk(module):
         x, computation = visit.instruction, visit.computation
         inside = kernel_flops(computation, x)
         products += visit.times * (flops(computation, x) + inside)
         if not visit.fused:
             moved += visit.times * memory_bytes(module, computation, x)
+            said = _CYCLES.search(x.attributes)
+            cycles += visit.times * int(said[1]) if said else 0
         if x.opcode == "while":
             loops.append(Loop(x.name, visit.trips, visit.times))
         target = kernel(x)
         if target and not inside:
             kernels[target] += visit.times
-    return Cost(products, moved, tuple(loops), tuple(collectives(module)), kernels)
+    return Cost(products, moved, cycles, tuple(loops), tuple(collectives(module)), kernels)
 
 
 def read_file(path: Path) -> Module:

@@ -13,6 +13,7 @@ PLAIN_CALLS = (
     "AsyncCollectiveDone",
     "AsyncCollectiveStart",
     "ConcatBitcast",
+    "ZeroCrop",
 )
 _SAID = re.compile(r'"flops":\s*"?(\d+)')
 # JAX's attention kernels for TPUs (jax.experimental.pallas.ops.tpu) -> products over [T, S] that each makes: scores
@@ -23,7 +24,6 @@ _ATTENTION = (
     (re.compile(r"splash_m[hq]a_dq|flash_attention_bwd_dq|flash_mha_bwd_dq"), 3),
 )
 _FUSED_BACKWARD = 5  # all gradients in the kernel for keys and values
-_FUSED = re.compile(r'use_fused_bwd_kernel\\*": true')
 
 
 def kernel(x: Instruction) -> str | None:
@@ -45,11 +45,8 @@ def kernel_flops(computation: Computation, x: Instruction) -> int:
     if said:
         return int(said[1])
     names = f"{x.name} {x.attribute('metadata')}"
-    for pattern, products in _ATTENTION:
-        if pattern.search(names):
-            fused = products == 4 and _FUSED.search(x.attributes)
-            return _attention(computation, x, _FUSED_BACKWARD if fused else products)
-    return 0
+    products = next((count for pattern, count in _ATTENTION if pattern.search(names)), 0)
+    return _attention(computation, x, products)
 
 
 def _attention(computation: Computation, x: Instruction, products: int) -> int:
@@ -59,6 +56,9 @@ def _attention(computation: Computation, x: Instruction, products: int) -> int:
         return 0
     *heads, length, width = arrays[0].dims
     keys = arrays[1].dims[-2]
+    gradients = [s for s in x.arrays if len(s.dims) >= len(arrays[0].dims) and s.dims[-1] == width]
+    if products == 4 and len(gradients) == 3:
+        products = _FUSED_BACKWARD
     whole = products * 2 * math.prod(heads) * length * keys * width
     return int(whole * _share(operands, length, keys))
 

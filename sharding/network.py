@@ -29,7 +29,7 @@ def transfer(collective: Collective, pod: Pod) -> Transfer:
     Devices are numbered along the pod's sides, the last side fastest: so JAX's meshes lie on a torus.
     """
     groups, kind, size = collective.groups, collective.kind, collective.num_bytes
-    if kind in ("collective-permute", "send"):
+    if kind == "collective-permute":
         return _permuted(groups, size, pod)
     shape = _shape(groups[0], pod)
     if not pod.chip.dims:

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sharding.chips import find_pod
 from sharding.collectives import Collective, collectives, replica_groups
 from sharding.hlo import Instruction, parse, read
 from sharding.layout import Layout, get_layout
+from sharding.schedule import estimate
 
 SIZES = {"pipe": 2, "data": 1, "fsdp": 2, "tensor": 2}
 
@@ -199,3 +201,31 @@ def test_a_pipeline_passes_on_what_it_is_given() -> None:
     (found,) = collectives(module)
     assert (found.kind, found.times, found.sent_bytes) == ("collective-permute", 5, 2 * 6 * 4)
     assert found.axes(Layout(pipe=4).sizes) == ("pipe",)
+
+
+ACROSS = """HloModule jit_f, is_scheduled=true, num_partitions=4
+
+ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %token = token[] after-all()
+  %recv = (bf16[8,128]{1,0}, u32[], token[]) recv(%token), channel_id=1, frontend_attributes={RENDEZVOUS}
+  %send = (bf16[8,128]{1,0}, u32[], token[]) send(%x, %token), channel_id=2, frontend_attributes={RENDEZVOUS}
+  %sent = token[] send-done(%send), channel_id=2
+  %got = (bf16[8,128]{1,0}, token[]) recv-done(%recv), channel_id=1
+  ROOT %y = bf16[8,128]{1,0} get-tuple-element(%got), index=0
+}
+""".replace(
+    "RENDEZVOUS",
+    '_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:3}",'
+    '_xla_megascale_transfer_type="ALL_REDUCE"',
+)
+
+
+def test_between_slices_a_message_is_a_collective() -> None:
+    (found,) = collectives(parse(ACROSS))
+    assert (found.kind, found.num_bytes, found.sent_bytes) == ("all-reduce", 2048, 2048)
+    assert found.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert found.axes({"pipe": 1, "data": 2, "fsdp": 4, "tensor": 1}) == ("data",)
+    pod = find_pod("v5e:2x2:2")
+    (sent,) = estimate(parse(ACROSS), pod).collectives
+    assert sent.exposed_seconds == sent.seconds >= 2048 / pod.chip.network_bandwidth

@@ -95,7 +95,6 @@ def test_a_collective_that_fusions_carry_is_the_same() -> None:
     found = walked(text)
     (sent,) = found.collectives
     # the fusions themselves read and write arrays meanwhile
-    assert found.exposed_s == pytest.approx(sent.seconds - PRODUCT - found.memory_s, rel=0.3)
     assert 0 < found.exposed_s < sent.seconds - PRODUCT
 
 

@@ -1,0 +1,71 @@
+"""Compiled programs on disk: a program that was compiled once for a pod is read, not compiled, the next time.
+
+JAX's own cache cannot be read back without the devices. Here the key is what was to be compiled, by content, and what
+compiled it; kept are the program's text and the figures of its memory, from which everything else is computed anew.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+
+from sharding.chips import Pod
+from sharding.compile import OPTIONS
+from sharding.described import (
+    OutOfMemory,
+    compile_for_pod,
+    compiler_version,
+    memory,
+)
+from sharding.disk.directory import new_directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A compiled program."""
+
+    peak_bytes: int  # of one that does not fit, what it needs
+    text: str | None  # None: it does not fit
+
+
+class Cache:
+    """Entries in a folder, one folder each."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def compiled(self, lowered: jax.stages.Lowered, pod: Pod) -> Entry:
+        """The program, compiled now or before. Raises UserError where it cannot be kept."""
+        place = self._directory / _key(lowered, pod)
+        if not place.exists():
+            _keep(_compile(lowered), place)
+        fields = json.loads((place / "entry.json").read_text())
+        text = place / "program.hlo.gz"
+        return Entry(
+            **fields, text=gzip.decompress(text.read_bytes()).decode() if text.exists() else None
+        )
+
+
+def _key(lowered: jax.stages.Lowered, pod: Pod) -> str:
+    options = sorted(OPTIONS["tpu"].items())  # of programs that train; the text does not have them
+    parts = (lowered.as_text(), compiler_version(), jax.__version__, pod.name, options)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _compile(lowered: jax.stages.Lowered) -> Entry:
+    try:
+        compiled = compile_for_pod(lowered)
+    except OutOfMemory as verdict:
+        return Entry(verdict.needed, None)
+    return Entry(memory(compiled).peak, compiled.as_text())
+
+
+def _keep(entry: Entry, place: Path) -> None:
+    with new_directory(place, replace=True) as partial:
+        (partial / "entry.json").write_text(json.dumps({"peak_bytes": entry.peak_bytes}))
+        if entry.text is not None:
+            packed = gzip.compress(entry.text.encode(), mtime=0)
+            (partial / "program.hlo.gz").write_bytes(packed)

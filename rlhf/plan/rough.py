@@ -1,0 +1,287 @@
+"""Time and memory of a job under a layout, from shapes alone: good enough to say which layouts are worth compiling.
+
+A pass over the layers is a roofline of its products with the collectives that its layout asks for: gathers of weights
+run beside products, what adds up gradients or activations does not. All figures are one device's.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+import numpy as np
+
+from glm_jax.config import Config, GLMV1Config
+from rlhf.programs import Workload
+from sharding.chips import Pod
+from sharding.collectives import Collective, Groups
+from sharding.layout import Layout
+from sharding.network import transfer
+from sharding.pipeline import bubble_fraction, layer_slots
+from sharding.schedule import KERNEL_SHARE, MEMORY_SHARE, PRODUCT_SHARE
+
+COMPUTE = 2  # bytes of a number in the layers
+MASTER = 4  # of weights, gradients and the optimizer's two moments
+TRAINED = 3 * MASTER  # bytes a weight that learns keeps
+ROWS_OF_D = 12  # arrays [B, T, D] that a layer moves through memory in a pass, about
+ROWS_OF_F = 6  # and [B, T, F]
+HIDDEN = 0.7  # of the memory's time that products hide
+PIECE_OF_LOGITS = 2**27  # bytes of logits that are there at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Rough:
+    """What a step takes."""
+
+    seconds: Mapping[str, float]  # by kind of work
+    rollout_s: float  # of which drawing answers
+    memory: Mapping[str, int]  # bytes by role
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the fullest moment."""
+        return sum(self.memory.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """A model over some rows."""
+
+    rows: int
+    length: int
+    head: bool  # logits for every token
+    backward: bool
+    times: int = 1
+
+
+def rough(
+    job: str,
+    config: Config,
+    layout: Layout,
+    workload: Workload,
+    pod: Pod,
+    generation: Layout | None = None,
+    minibatches: int = 2,
+) -> Rough:
+    """Of a step of `job`, which of PPO is an iteration."""
+    seconds: Counter[str] = Counter()
+    passes = list(_passes(job, workload, minibatches))
+    for one in passes:
+        for name, value in _pass_seconds(one, config, layout, pod).items():
+            seconds[name] += value * one.times  # type: ignore[assignment]
+    rollout = 0.0
+    if job == "ppo":
+        drawn = _drawing(config, generation or layout.for_generation(), workload, pod)
+        rollout = sum(drawn.values())
+        for name, value in drawn.items():
+            seconds[name] += value  # type: ignore[assignment]
+    return Rough(dict(seconds), rollout, _memory(job, passes, config, layout))
+
+
+def _passes(job: str, workload: Workload, minibatches: int) -> Iterator[_Pass]:
+    rows, length = workload.batch, workload.length
+    if job == "sft":
+        yield _Pass(rows, length, True, True)
+    elif job == "reward":
+        yield _Pass(2 * rows, length, False, True)
+    elif job == "dpo":
+        yield _Pass(2 * rows + workload.sft_rows(rows), length, True, True)
+    else:
+        piece = rows // minibatches
+        yield _Pass(rows, length, True, False, 2)  # policy and reference
+        yield _Pass(rows, length, False, False, 2)  # reward model and critic
+        yield _Pass(piece + workload.sft_rows(piece), length, True, True, minibatches)
+        yield _Pass(piece, length, False, True, minibatches)  # critic
+
+
+def layer_weights(config: Config) -> int:
+    """Entries of the matrices of one layer."""
+    D, heads = config.hidden_size, config.num_heads * config.head_dim
+    kv = 2 * config.num_kv_groups * config.head_dim
+    mlp = (2 if isinstance(config, GLMV1Config) else 3) * D * config.ffn_size
+    return D * (2 * heads + kv) + mlp
+
+
+def num_weights(config: Config, head: bool = True) -> int:
+    """Of a model, norms and biases left out."""
+    tables = 1 if isinstance(config, GLMV1Config) or not head else 2
+    return (
+        config.num_layers * layer_weights(config) + tables * config.vocab_size * config.hidden_size
+    )
+
+
+def _slots(config: Config, layout: Layout) -> float:
+    """Layers that a stage works through for each of its own share, empty slots and idle ticks counted."""
+    stages = layout.ways("stage")
+    padded = layer_slots(config.num_layers, layout).size / config.num_layers
+    return padded / (1 - bubble_fraction(layout)) if stages > 1 else 1.0
+
+
+def _pass_seconds(one: _Pass, config: Config, layout: Layout, pod: Pod) -> dict[str, float]:
+    chip, T, D = pod.chip, one.length, config.hidden_size
+    tokens = one.rows * T / layout.ways("batch")
+    stages, tensor = layout.ways("stage"), layout.ways("heads")
+    layers = config.num_layers / stages * _slots(config, layout)
+    remade = one.backward and layout.remat == "full"
+    runs = 1 + (2 if one.backward else 0) + (1 if remade else 0)  # forward passes' worth
+    visits = 1 + (1 if one.backward else 0) + (1 if remade else 0)
+
+    weights = layer_weights(config)
+    products = layers * runs * 2 * tokens * weights / tensor
+    if one.head:
+        products += (
+            (runs if one.backward else 1)
+            * 2
+            * tokens
+            * D
+            * config.vocab_size
+            / layout.ways("vocab")
+        )
+    seen = 2 * 2 * tokens * T / 2 * config.num_heads * config.head_dim / tensor
+    kernels = layers * seen * (1 + (2.5 + remade if one.backward else 0))
+    moved = (
+        layers * visits * tokens * COMPUTE * (ROWS_OF_D * D + ROWS_OF_F * config.ffn_size / tensor)
+    )
+    moved += layers * visits * weights / tensor * COMPUTE * 2
+    if one.backward:
+        moved += 8 * MASTER * num_weights(config) / (layout.ways("embed_weight") * tensor * stages)
+    products_s = products / (chip.flops * PRODUCT_SHARE)
+    found = {
+        "products": products_s,
+        "attention": kernels / (chip.flops * KERNEL_SHARE),
+        "memory": (1 - HIDDEN) * moved / (chip.memory_bandwidth * MEMORY_SHARE),
+    }
+    return found | _talk(one, config, layout, pod, products_s, visits)
+
+
+def _talk(
+    one: _Pass, config: Config, layout: Layout, pod: Pod, products_s: float, visits: int
+) -> dict[str, float]:
+    """Seconds that a device waits for others, by what for."""
+    stages, tensor = layout.ways("stage"), layout.ways("heads")
+    found = {"weights": 0.0, "gradients": 0.0, "activations": 0.0}
+    own = config.num_layers / stages * layer_weights(config) / tensor  # weights of a stage
+    tables = num_weights(config) - config.num_layers * layer_weights(config)
+    own += tables / layout.ways("vocab")
+    storage, replicas = layout.axes("embed_weight"), _copies(layout)
+    if storage:
+        gathers = visits if stages == 1 else 1  # of a pipeline once a step, before its ticks
+        gathered = _seconds("all-gather", gathers * own * COMPUTE, storage, layout, pod)
+        # within the layers it runs beside products, as long as these last
+        found["weights"] = max(gathered - products_s, 0.02 * gathered) if stages == 1 else gathered
+        if one.backward:
+            whole = set(storage) == {axis for axis, size in layout.sizes.items() if size > 1}
+            kind = "all-reduce" if whole else "reduce-scatter"  # what the compiler makes of it
+            found["gradients"] += _seconds(kind, own * COMPUTE, storage, layout, pod)
+    if one.backward and replicas:
+        shard = own / layout.ways("embed_weight")
+        found["gradients"] += _seconds("all-reduce", shard * MASTER, replicas, layout, pod)
+    layers = config.num_layers / stages * _slots(config, layout)
+    rows = one.rows * one.length / layout.ways("batch") * config.hidden_size * COMPUTE
+    if tensor > 1:
+        sums = 2 * visits * layers * rows
+        found["activations"] += _seconds("all-reduce", sums, layout.axes("heads"), layout, pod)
+    if stages > 1:
+        passed = rows * layout.repeats * (2 if one.backward else 1) / (1 - bubble_fraction(layout))
+        found["activations"] += passed / pod.chip.link_bandwidth
+    return found
+
+
+def _copies(layout: Layout) -> tuple[str, ...]:
+    """Mesh axes of the batch along which weights are the same."""
+    return tuple(a for a in layout.axes("batch") if a not in layout.axes("embed_weight"))
+
+
+def _seconds(kind: str, num_bytes: float, axes: tuple[str, ...], layout: Layout, pod: Pod) -> float:
+    groups = _groups(tuple(layout.sizes.items()), axes)
+    return transfer(Collective(kind, kind, groups, int(num_bytes), 1), pod).seconds
+
+
+@lru_cache(maxsize=1000)
+def _groups(sizes: tuple[tuple[str, int], ...], axes: tuple[str, ...]) -> Groups:
+    """The devices that differ along `axes` alone."""
+    names = [name for name, _ in sizes]
+    ids = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
+    last = np.moveaxis(ids, [names.index(axis) for axis in axes], range(-len(axes), 0))
+    count = math.prod(dict(sizes)[axis] for axis in axes)
+    return tuple(tuple(row) for row in last.reshape(-1, count).tolist())
+
+
+def _drawing(config: Config, layout: Layout, workload: Workload, pod: Pod) -> dict[str, float]:
+    """Prompts in one pass, then a token at a time: every one reads all weights and keys and values."""
+    chip = pod.chip
+    prompts = _Pass(workload.batch, workload.prompt_length, False, False)
+    found = _pass_seconds(prompts, config, layout, pod)
+    rows, tensor = workload.batch / layout.ways("batch"), layout.ways("heads")
+    weights = num_weights(config) / tensor
+    groups = max(config.num_kv_groups / tensor, 1)
+    kept = 2 * rows * workload.length * groups * config.head_dim * COMPUTE * config.num_layers
+    read = (weights * COMPUTE + kept) / (chip.memory_bandwidth * MEMORY_SHARE)
+    products = 2 * rows * weights / (chip.flops * PRODUCT_SHARE)
+    tokens = workload.response_length
+    found["products"] += tokens * products
+    found["memory"] += tokens * max(read - products, 0.0)
+    if axes := layout.axes("embed_weight"):
+        gathered = _seconds("all-gather", weights * COMPUTE, axes, layout, pod)
+        found["weights"] += tokens * max(gathered - read, 0.0)
+    if tensor > 1:
+        sums = 2 * config.num_layers * rows * config.hidden_size * COMPUTE
+        latency = (
+            2 * config.num_layers * _seconds("all-reduce", 0, layout.axes("heads"), layout, pod)
+        )
+        found["activations"] += tokens * (
+            _seconds("all-reduce", sums, layout.axes("heads"), layout, pod) + latency
+        )
+    return found
+
+
+def _memory(job: str, passes: list[_Pass], config: Config, layout: Layout) -> dict[str, int]:
+    """Bytes by role at the fullest moment, which is in an update."""
+    pieces = layout.ways("embed_weight") * layout.ways("heads") * layout.ways("stage")
+    whole, scalar = num_weights(config) / pieces, num_weights(config, False) / pieces
+    found = {"model and optimizer": whole * TRAINED}
+    if job == "reward":
+        found = {"model and optimizer": scalar * TRAINED, "start": scalar * MASTER}
+    elif job == "ppo":
+        found |= {
+            "critic and optimizer": scalar * TRAINED,
+            "reference": whole * MASTER,
+            "reward model": scalar * MASTER,
+        }
+    else:
+        found["start"] = whole * MASTER
+    found["gradients"] = whole * MASTER
+    training = max((one for one in passes if one.backward), key=lambda one: one.rows * one.length)
+    return {name: int(size) for name, size in (found | _working(training, config, layout)).items()}
+
+
+def _working(one: _Pass, config: Config, layout: Layout) -> dict[str, float]:
+    """What an update has beside weights."""
+    stages, tensor, T = layout.ways("stage"), layout.ways("heads"), one.length
+    rows = one.rows / layout.ways("batch") / layout.accumulate
+    at_once = rows / layout.microbatches  # in a layer
+    D, F = config.hidden_size, config.ffn_size / tensor
+    heads = config.num_heads * config.head_dim / tensor
+    layer = at_once * T * COMPUTE * (6 * D + 4 * heads + 4 * F)
+    kept = {"full": D, "matmuls": 3 * D + 3 * heads + 2 * F}.get(
+        layout.remat, 8 * D + 5 * heads + 4 * F
+    )
+    layers = config.num_layers / stages * _slots(config, layout)
+    weights = 2 * layer_weights(config) / tensor * COMPUTE * 2
+    if stages > 1:  # of a stage all, and their gradients
+        weights = config.num_layers / stages * layer_weights(config) / tensor * COMPUTE * 2
+    logits = 0.0
+    if one.head:
+        logits = min(rows * T * config.vocab_size * MASTER / layout.ways("vocab"), PIECE_OF_LOGITS)
+        logits += 2 * D * config.vocab_size * COMPUTE / layout.ways("vocab")
+    return {
+        "activations": layers * rows * T * COMPUTE * kept + layer,
+        "gathered weights": weights if layout.axes("embed_weight") else 0.0,
+        "logits": logits,
+    }

@@ -1,0 +1,87 @@
+"""Compile the programs of one candidate for a described pod: python -m rlhf.plan.worker CACHE < request > verdict.
+
+A process of its own, since libtpu wants its environment before JAX starts and may take the process with it.
+"""
+
+import dataclasses
+import json
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from rlhf.plan.cache import Cache, Entry
+from rlhf.plan.verdict import ProgramVerdict, Request, Verdict, as_json
+from rlhf.programs import Program, programs, residents
+from sharding.cost import cost
+from sharding.described import described_devices
+from sharding.errors import UserError
+from sharding.hlo import parse
+from sharding.schedule import estimate
+
+
+def verdict(request: Request, cache: Cache) -> Verdict:
+    """Compile every program of the request; what the cache has is not compiled again."""
+    devices = described_devices(request.pod)
+    with jax.set_mesh(request.layout.mesh(devices)):
+        held = residents(request.job, request.config, request.layout)
+        listed = programs(
+            request.job, request.config, request.layout, request.workload, request.generation
+        )
+    found = []
+    for program in listed:
+        entry = cache.compiled(program.lower(), request.pod)
+        found.append(_judged(program, entry, held, request))
+    return Verdict(tuple(found), held)
+
+
+def _judged(
+    program: Program, entry: Entry, held: Mapping[str, int], request: Request
+) -> ProgramVerdict:
+    beside = sum(held[role] for role in program.beside)
+    found = ProgramVerdict(
+        name=program.name,
+        runs=program.runs,
+        tokens=program.tokens,
+        model_flops=program.flops,
+        fits=entry.text is not None and entry.peak_bytes + beside <= request.pod.chip.memory_bytes,
+        peak_bytes=entry.peak_bytes,
+        beside_bytes=beside,
+    )
+    if entry.text is None:
+        return found
+    module = parse(entry.text)
+    taken, time = cost(module), estimate(module, request.pod)
+    sent: dict[str, int] = {}
+    for x in taken.collectives:
+        name = f"{'+'.join(x.axes(dict(program.mesh.shape)))} {x.kind}"
+        sent[name] = sent.get(name, 0) + x.times * x.sent_bytes
+    return dataclasses.replace(
+        found,
+        step_s=time.step_s,
+        products_s=time.products_s,
+        kernels_s=time.kernels_s,
+        memory_s=time.memory_s,
+        exposed_s=time.exposed_s,
+        flops=taken.flops,
+        memory_bytes=taken.memory_bytes,
+        cycles=taken.cycles,
+        sent_bytes=sent,
+    )
+
+
+def main() -> int:
+    """Read a pickled Request, write the verdict as JSON."""
+    request: Request = pickle.load(sys.stdin.buffer)
+    try:
+        found = verdict(request, Cache(Path(sys.argv[1])))
+    except UserError as error:
+        found = Verdict((), {}, str(error))
+    sys.stdout.write(json.dumps(as_json(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

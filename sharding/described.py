@@ -1,0 +1,117 @@
+"""Compile programs for pods that nobody has here: the compiler of TPUs runs without one.
+
+JAX must not have started when `ENVIRONMENT` is set, so what compiles does so in a process of its own.
+"""
+
+import dataclasses
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from sharding.chips import GIB, Pod
+from sharding.errors import UserError
+
+# libtpu looks for its machine's metadata, asks for a TPU and a lock, and writes logs, unless it is told
+ENVIRONMENT: Mapping[str, str] = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+
+_NEEDED = re.compile(r"\(?([\d.]+)([KMGT]?)\)? exceeds available HBM \(([\d.]+)([KMGT]?)\)")
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+class OutOfMemory(UserError):
+    """The compiler's verdict that a program does not fit; bytes of one device."""
+
+    def __init__(self, needed: int, available: int) -> None:
+        super().__init__(
+            f"the program needs {needed / GIB:.2f} GiB of the {available / GIB:.2f} GiB of a device"
+        )
+        self.needed = needed
+        self.available = available
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a program takes of a device's memory, as its compiler says; bytes."""
+
+    peak: int  # the most at a time, arguments included
+    arguments: int
+    outputs: int
+    shared: int  # of outputs that take the place of arguments
+    temporary: int
+
+
+def compiler_version() -> str | None:
+    """That of libtpu; None where it is not installed."""
+    try:
+        return importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def described_devices(pod: Pod) -> list[jax.Device]:
+    """The devices of a pod of TPUs, to lay a mesh over. Raises UserError without a compiler for them."""
+    from jax.experimental import topologies
+
+    if not pod.chip.dims:
+        raise UserError(f"{pod.name}: only programs for TPUs can be compiled without one")
+    if compiler_version() is None:
+        raise UserError('no compiler for TPUs here: pip install "glm-jax[plan]"')
+    options: dict[str, Any] = {"num_slices": pod.slices} if pod.slices > 1 else {}
+    if pod.chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # one device a chip
+    name = f"{pod.chip.name}:{'x'.join(str(side) for side in pod.sides)}"
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except Exception as error:  # whatever libtpu says
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{pod.name}: the compiler refuses it: {reason}") from error
+    devices: list[jax.Device] = list(found.devices)
+    return devices
+
+
+def compile_for_pod(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compile what was lowered for described devices. Raises OutOfMemory where it does not fit."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        verdict = out_of_memory(str(error))
+        if verdict is None:
+            raise
+        raise verdict from error
+
+
+def out_of_memory(message: str) -> OutOfMemory | None:
+    """The verdict in a compiler's message; None where it is about something else."""
+    found = _NEEDED.search(message) or _USED.search(message)
+    if found is None or "RESOURCE_EXHAUSTED" not in message:
+        return None
+    needed, unit, available, other = found.groups()
+    return OutOfMemory(int(float(needed) * _UNITS[unit]), int(float(available) * _UNITS[other]))
+
+
+def memory(compiled: jax.stages.Compiled) -> Memory:
+    """What `compiled.memory_analysis()` says."""
+    found = compiled.memory_analysis()
+    if found is None:
+        raise UserError("the memory of a program is not known: its backend does not tell")
+    return Memory(
+        peak=found.peak_memory_in_bytes,
+        arguments=found.argument_size_in_bytes,
+        outputs=found.output_size_in_bytes,
+        shared=found.alias_size_in_bytes,
+        temporary=found.temp_size_in_bytes,
+    )

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sharding.layout import Layout
+from sharding.remat import shared
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -130,6 +131,11 @@ def from_heads(
         return jnp.reshape(out, (*x.shape[:2], out.shape[-1]), out_sharding=spec)
 
     return project(x, w)
+
+
+def summed(x: Float[Array, "B T D"], layout: Layout) -> Float[Array, "B T D"]:
+    """`x`, which holds a sum over heads: where heads are split, kept under every remat."""
+    return shared(x) if layout.ways("heads") > 1 else x
 
 
 def gated_mlp(

@@ -29,6 +29,7 @@ from glm_jax.layers import (
     rotary_frequencies,
     rotate_halves,
     rotation,
+    summed,
     to_heads,
 )
 from glm_jax.trunk import Places, Rotations, Trunk, running_sum
@@ -114,7 +115,7 @@ class TrunkV1(Trunk):
         x = layer_norm(x, block.attn_norm, block.attn_norm_bias, eps)
         q, k, v = _projections(block, x, rotations, layout)
         attended = from_heads(attend(q, k, v), block.w_o, layout)
-        x = x * jnp.asarray(ALPHA, x.dtype) + attended + block.b_o
+        x = summed(x * jnp.asarray(ALPHA, x.dtype) + attended + block.b_o, layout)
         x = layer_norm(x, block.mlp_norm, block.mlp_norm_bias, eps)
         out = mlp(x, block.w_in, block.b_in, block.w_out, block.b_out, layout)
         return x * jnp.asarray(ALPHA, x.dtype) + out

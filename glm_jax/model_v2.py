@@ -18,6 +18,7 @@ from glm_jax.layers import (
     rotary_frequencies,
     rotate,
     rotation,
+    summed,
     to_heads,
 )
 from glm_jax.trunk import Places, Rotations, Trunk, running_sum
@@ -71,8 +72,9 @@ class TrunkV2(Trunk):
         q, k, v = _projections(block, rms_norm(x, block.attn_norm, eps), by, config, layout)
         attended = from_heads(attend(q, k, v), block.w_o, layout)
         if block.attn_out_norm is not None:
-            attended = rms_norm(attended, block.attn_out_norm, eps)
-        x = x + attended
+            x = x + rms_norm(summed(attended, layout), block.attn_out_norm, eps)
+        else:
+            x = summed(x + attended, layout)
         normed = rms_norm(x, block.mlp_norm, eps)
         out = gated_mlp(normed, block.w_gate, block.w_up, block.w_down, layout)
         if block.mlp_out_norm is not None:

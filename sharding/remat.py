@@ -4,23 +4,26 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from sharding.errors import UserError
 from sharding.layout import Remat
+
+SHARED = "shared"
 
 
 def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """`layer`, the body of a scan over layers, keeping only what `remat` says (Chen et al. 2016).
 
-    none: everything. full: its inputs. matmuls: its inputs and the results of products with weights, not of those
-    inside attention. offload: these, in the host's memory. The numbers stay the same. Raises UserError where the
-    device cannot reach the host's memory.
+    none: everything. full: its inputs, and what was `shared`. matmuls: its inputs and the results of products with
+    weights, not of those inside attention. offload: these, in the host's memory. The numbers stay the same. Raises
+    UserError where the device cannot reach the host's memory.
     """
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
     if remat == "full":
-        policy = policies.nothing_saveable
+        policy = policies.save_only_these_names(SHARED)
     elif remat == "matmuls":
         policy = policies.dots_with_no_batch_dims_saveable
     else:
@@ -28,6 +31,12 @@ def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
         policy = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
     # within a scan the compiler cannot merge the second computation with the first
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def shared(x: jax.Array) -> jax.Array:
+    """`x`, which devices have added up together: kept even where its inputs are, since to make it again is to talk."""
+    named: jax.Array = checkpoint_name(x, SHARED)
+    return named
 
 
 def _check_host_memory() -> None:

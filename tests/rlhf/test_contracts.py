@@ -18,10 +18,10 @@ from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.train import init_state
 from rlhf.sft import sft_update
 from rlhf.trials.models import tiny
-from sharding.collectives import count_collectives
+from sharding.collectives import collectives, count_collectives
 from sharding.flops import flops
 from sharding.hlo import read
-from sharding.layout import Layout, get_layout
+from sharding.layout import Layout, Remat, get_layout
 from sharding.loops import walk
 
 CONFIG = tiny(PRESETS["chatglm3-6b"])
@@ -89,6 +89,17 @@ def test_every_product_of_an_update_is_known_by_hand(layout: Layout, share: floa
     module = read(_compiled(layout))
     found = sum(flops(x.computation, x.instruction) * x.times for x in walk(module))
     assert found == expected
+
+
+def test_no_sum_over_devices_is_made_again_for_the_gradient() -> None:
+    """Attention and MLP add activations up over heads and width, forward and backward, whatever a layer keeps."""
+
+    def sums(remat: Remat) -> int:
+        activation = 4 * ROWS * LENGTH * CONFIG.hidden_size
+        found = collectives(read(_compiled(Layout(tensor=2, remat=remat))))
+        return sum(x.times for x in found if x.num_bytes == activation)
+
+    assert sums("none") == sums("full") > 0
 
 
 @pytest.mark.parametrize("name", ["single", "fsdp_tp", "pp_dp_tp"])

@@ -29,6 +29,7 @@ class Chip:
     largest: tuple[int, ...] = ()  # sides of the largest slice; of GPUs the devices of a host
     ring: int = 1  # sides that are multiples of it are closed to a ring
     per_chip: int = 1  # devices that JAX shows of a chip
+    host_bandwidth: float = 16e9  # to the host's memory, and as much back
 
 
 # Peak figures of Google's and NVIDIA's data sheets. Memory is what a program may use: XLA's own messages say so.
@@ -38,7 +39,9 @@ CHIPS: Mapping[str, Chip] = {
         Chip("v4", 275e12, 1228e9, int(30.75 * GIB), 45e9, 6.25e9, 1.05e9, 3, (16, 16, 16), 4),
         Chip("v5e", 197e12, 819e9, int(15.75 * GIB), 45e9, 6.25e9, 1.5e9, 2, (16, 16), 16),
         Chip("v5p", 459e12, 2765e9, int(95.74 * GIB), 90e9, 6.25e9, 1.75e9, 3, (16, 20, 28), 4),
-        Chip("v6e", 918e12, 1640e9, int(31.25 * GIB), 90e9, 12.5e9, 1.75e9, 2, (16, 16), 16),
+        Chip(
+            "v6e", 918e12, 1640e9, int(31.25 * GIB), 90e9, 12.5e9, 1.75e9, 2, (16, 16), 16, 1, 32e9
+        ),
         Chip("tpu7x", 1153e12, 3690e9, int(94.75 * GIB), 100e9, 6.25e9, 0.0, 3, (16, 24, 24), 4, 2),
         Chip("a100", 312e12, 2039e9, 75 * GIB, 300e9, 25e9, largest=(8,)),
         Chip("h100", 989e12, 3352e9, 75 * GIB, 450e9, 50e9, largest=(8,)),

@@ -13,6 +13,8 @@ PLAIN_CALLS = (
     "AsyncCollectiveDone",
     "AsyncCollectiveStart",
     "ConcatBitcast",
+    "PrepareAsyncCallDone",
+    "PrepareAsyncCallStart",
     "ZeroCrop",
 )
 _SAID = re.compile(r'"flops":\s*"?(\d+)')

@@ -11,7 +11,7 @@ from sharding.hlo import Computation, Instruction, Module, Shape
 
 MOST = 100_000  # rounds beyond which the text is taken not to tell
 
-PARTS = ("fusion", "async-start")  # what is made of another computation
+PARTS = ("fusion", "async-start", "call-start")  # what is made of another computation
 CALLS = (*PARTS, "call", "conditional")  # what runs other computations once
 _UNARY = (
     "copy",

@@ -17,15 +17,13 @@ from sharding.hlo import Computation, Instruction, Module
 from sharding.kernels import kernel_flops
 from sharding.loops import PARTS, Visit, trips, walk
 from sharding.network import Transfer, transfer
-from sharding.traffic import memory_bytes
+from sharding.traffic import COPIES, HOST, copied, memory_bytes
 
 # What real chips reach of their peak; docs/planning.md has what these were held against.
 PRODUCT_SHARE = 0.95  # in products
 KERNEL_SHARE = 0.4  # in attention kernels, whose products are small and wait for softmax
 MEMORY_SHARE = 0.85
 LINK_SHARE = 1.0
-
-COPIES = ("copy-start", "slice-start")  # between memory and chip, in the background
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +134,7 @@ class _Run:
         elif x.opcode == "async-update":
             self._started[x.name] = self._started.pop(x.operands[0], (self._now, None))
         elif x.opcode in COPIES:
-            moved = memory_bytes(self._module, computation, x)
-            self._started[x.name] = self._memory(moved), None
+            self._started[x.name] = self._copy(computation, x), None
         else:
             self._work(computation, x, inside, times)
             self._talk(x, inside, times)
@@ -156,6 +153,17 @@ class _Run:
         self._now = end + waited
         for part, seconds in (("products", products), ("kernels", kernels), ("memory", waited)):
             self._seconds[part] += times * seconds
+
+    def _copy(self, computation: Computation, x: Instruction) -> float:
+        """When a copy has ended that begins now; to and from the host there is one lane each."""
+        end = self._memory(memory_bytes(self._module, computation, x))
+        copy = copied(x)
+        if HOST not in (copy.source, copy.target):
+            return end
+        lane = "to host" if copy.target == HOST else "from host"
+        free = max(self._now, self._busy.get(lane, 0.0))
+        self._busy[lane] = free + copy.num_bytes / self._pod.chip.host_bandwidth
+        return max(end, self._busy[lane])
 
     def _memory(self, moved: int) -> float:
         """When the memory is done with so many bytes; it serves those who asked before first."""

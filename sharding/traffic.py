@@ -1,6 +1,7 @@
 """Bytes that an instruction moves through the device's memory; what lies on the chip moves none."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from sharding.hlo import Computation, Instruction, Module, Shape, arrays
 
@@ -19,7 +20,29 @@ STILL = (
     "tuple",
     "while",
 )
+# in the background, between memories
+COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
+DEVICE, HOST = 0, 5  # memory spaces; the others are on the chip
 _SLICES = ("dynamic-slice", "slice", "gather")
+
+
+class Copy(NamedTuple):
+    """One that runs in the background; memory spaces of its ends."""
+
+    num_bytes: int
+    source: int
+    target: int
+
+
+def copied(x: Instruction) -> Copy:
+    """What an instruction of `COPIES` moves."""
+    assert not isinstance(x.type, Shape)
+    (first, *more), (second, *_) = (tuple(arrays(part)) for part in x.type[:2])
+    if x.opcode == "copy-start":  # target, source
+        return Copy(first.stored_bytes, second.space, first.space)
+    if x.opcode == "dynamic-update-slice-start":  # what is written into, what is written
+        return Copy(more[0].stored_bytes, more[0].space, first.space)
+    return Copy(second.stored_bytes, first.space, second.space)
 
 
 def memory_bytes(module: Module, computation: Computation, x: Instruction) -> int:
@@ -33,13 +56,13 @@ def memory_bytes(module: Module, computation: Computation, x: Instruction) -> in
     if x.opcode == "fusion":
         inner = module[x.called[0]]
         return sum(_read(module, inner, n) for n in inner.parameters) + _written(inner, inner.root)
-    if x.opcode in ("copy-start", "slice-start"):
-        ends = _ends(x)
-        return sum(ends[0].stored_bytes for end in ends if end.space == 0)
+    if x.opcode in COPIES:
+        copy = copied(x)
+        return copy.num_bytes * [copy.source, copy.target].count(DEVICE)
     if x.opcode in _SLICES:
         source = computation[x.operands[0]].arrays[0]
         cut = sum(shape.stored_bytes for shape in x.arrays)
-        return _sum(x.arrays) + (cut if source.space == 0 else 0)
+        return _sum(x.arrays) + (cut if source.space == DEVICE else 0)
     if x.opcode == "dynamic-update-slice":
         return _written(computation, x) + _sum(computation[x.operands[1]].arrays)
     return _sum(x.arrays) + sum(_sum(computation[name].arrays) for name in x.operands)
@@ -87,12 +110,5 @@ def _written(computation: Computation, x: Instruction) -> int:
     return _sum(x.arrays)
 
 
-def _ends(x: Instruction) -> tuple[Shape, Shape]:
-    """Target and source of a copy in the background; copy-start names them in this order, slice-start in the other."""
-    assert not isinstance(x.type, Shape)
-    (a, *_), (b, *_) = (tuple(arrays(part)) for part in x.type[:2])
-    return (a, b) if x.opcode == "copy-start" else (b, a)
-
-
 def _sum(shapes: tuple[Shape, ...]) -> int:
-    return sum(shape.stored_bytes for shape in shapes if shape.space == 0)
+    return sum(shape.stored_bytes for shape in shapes if shape.space == DEVICE)

@@ -118,6 +118,15 @@ def test_a_copy_in_the_background_shares_the_memory_with_what_runs() -> None:
     assert busy.step_s == pytest.approx(3 * ARRAY / MEMORY)
 
 
+def test_the_host_takes_one_copy_at_a_time_each_way() -> None:
+    hosted = TYPE.replace("(2,1)}", "(2,1)S(5)}")
+    out = [f"%o{n} = ({hosted}, {TYPE}, u32[]{{:S(2)}}) copy-start(%x)" for n in (1, 2)]
+    back = f"%b = ({TYPE}, {hosted}, u32[]{{:S(2)}}) copy-start(%x)"
+    done = [f"%d{name} = {hosted} copy-done(%{name})" for name in ("o1", "o2", "b")]
+    found = walked(program(*out, back, *done))
+    assert found.step_s == pytest.approx(2 * ARRAY / POD.chip.host_bandwidth)
+
+
 LOOP = f"""
 %condition (s: (s32[], bf16[4096,4096], bf16[4096,4096])) -> pred[] {{
   %s = (s32[], {TYPE}, {TYPE}) parameter(0)

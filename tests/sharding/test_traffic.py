@@ -8,6 +8,7 @@ from sharding.traffic import memory_bytes
 BIG = "f32[64,1024]{1,0:T(8,128)}"
 ROW = "f32[1,1024]{1,0:T(1,128)}"
 CHIP = "f32[64,1024]{1,0:T(8,128)S(1)}"
+HOSTED = "f32[64,1024]{1,0:T(8,128)S(5)}"
 WHOLE = 64 * 1024 * 4
 PART = 1024 * 4
 
@@ -59,6 +60,11 @@ FUSED = f"""
             f"(({BIG}), f32[1,1024]{{1,0:T(1,128)S(1)}}, s32[]{{:S(2)}}) slice-start(%x), slice={{[0:1], [0:1024]}}",
             PART,
         ),
+        (
+            f"(({HOSTED}, {ROW}, s32[]), {HOSTED}, u32[]) dynamic-update-slice-start(%x, %r, %i)",
+            PART,
+        ),
+        (f"(({HOSTED}, s32[]), {ROW}, u32[]) dynamic-slice-start(%x, %i)", PART),
         (f"{BIG} copy-done(%x)", 0),
         (f"{ROW} fusion(%x, %i), kind=kLoop, calls=%cuts", 2 * PART),
         (f"{BIG} fusion(%x, %r, %i), kind=kLoop, calls=%writes", 2 * PART),

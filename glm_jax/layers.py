@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sharding.layout import Layout
-from sharding.remat import shared
+from sharding.remat import kept
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -134,8 +134,8 @@ def from_heads(
 
 
 def summed(x: Float[Array, "B T D"], layout: Layout) -> Float[Array, "B T D"]:
-    """`x`, which holds a sum over heads: where heads are split, kept under every remat."""
-    return shared(x) if layout.ways("heads") > 1 else x
+    """`x`, which holds a sum over heads: to make it again where they are split is to wait for other devices."""
+    return kept(x) if layout.ways("heads") > 1 else x
 
 
 def gated_mlp(

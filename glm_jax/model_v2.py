@@ -24,6 +24,7 @@ from glm_jax.layers import (
 from glm_jax.trunk import Places, Rotations, Trunk, running_sum
 from glm_jax.weights import Draw, kv_axis
 from sharding.layout import Layout
+from sharding.remat import kept
 
 
 @nnx.dataclass
@@ -78,7 +79,8 @@ class TrunkV2(Trunk):
         normed = rms_norm(x, block.mlp_norm, eps)
         out = gated_mlp(normed, block.w_gate, block.w_up, block.w_down, layout)
         if block.mlp_out_norm is not None:
-            out = rms_norm(out, block.mlp_out_norm, eps)
+            # without a norm behind it, nobody asks for the widest product again
+            out = rms_norm(kept(out), block.mlp_out_norm, eps)
         return x + out
 
     def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -51,8 +51,8 @@ GENERATION_RULES: Rules = tuple(
     for name, axes in TRAINING_RULES
 )
 
-# What a layer keeps of its forward pass for its gradient: everything; nothing but its input, and what attention gave
-# where several devices had to add it up; the results of the matrix products too; or these, but in the host's memory.
+# What a layer keeps of its forward pass for its gradient: everything; nothing but its input and what is dearest to make
+# again; the results of the matrix products too; or these, but in the host's memory.
 Remat = Literal["none", "full", "matmuls", "offload"]
 REMATS: tuple[Remat, ...] = typing.get_args(Remat)
 

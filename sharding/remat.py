@@ -9,13 +9,13 @@ from jax.ad_checkpoint import checkpoint_name
 from sharding.errors import UserError
 from sharding.layout import Remat
 
-SHARED = "shared"
+KEPT = "kept"
 
 
 def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """`layer`, the body of a scan over layers, keeping only what `remat` says (Chen et al. 2016).
 
-    none: everything. full: its inputs, and what was `shared`. matmuls: its inputs and the results of products with
+    none: everything. full: its inputs, and what was `kept`. matmuls: its inputs and the results of products with
     weights, not of those inside attention. offload: these, in the host's memory. The numbers stay the same. Raises
     UserError where the device cannot reach the host's memory.
     """
@@ -23,7 +23,7 @@ def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
         return layer
     policies = jax.checkpoint_policies
     if remat == "full":
-        policy = policies.save_only_these_names(SHARED)
+        policy = policies.save_only_these_names(KEPT)
     elif remat == "matmuls":
         policy = policies.dots_with_no_batch_dims_saveable
     else:
@@ -33,9 +33,9 @@ def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def shared(x: jax.Array) -> jax.Array:
-    """`x`, which devices have added up together: kept even where its inputs are, since to make it again is to talk."""
-    named: jax.Array = checkpoint_name(x, SHARED)
+def kept(x: jax.Array) -> jax.Array:
+    """`x`, which is dear to make again: it is kept even where nothing but inputs is."""
+    named: jax.Array = checkpoint_name(x, KEPT)
     return named
 
 

@@ -64,19 +64,22 @@ def test_fsdp_gathers_a_layer_once_forward_and_once_backward() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "share"),
+    ("layout", "share", "sandwich_norms"),
     [
-        (Layout(), 1.0),
-        (Layout(fsdp=8), 1 / 8),
-        (Layout(remat="full"), 1.0),
+        (Layout(), 1.0, False),
+        (Layout(fsdp=8), 1 / 8, False),
+        (Layout(remat="full"), 1.0, False),
+        (Layout(remat="full"), 1.0, True),  # the last product is not asked for again there either
         # six slots for five layers, three ticks for two microbatches: identities and bubbles are computed too
-        (Layout(pipe=2, microbatches=2), 6 / 5 * 3 / 2 / 2),
-        (Layout(pipe=2, data=2, microbatches=4), 6 / 5 * 5 / 4 / 4),
+        (Layout(pipe=2, microbatches=2), 6 / 5 * 3 / 2 / 2, False),
+        (Layout(pipe=2, data=2, microbatches=4), 6 / 5 * 5 / 4 / 4, False),
     ],
 )
-def test_every_product_of_an_update_is_known_by_hand(layout: Layout, share: float) -> None:
+def test_every_product_of_an_update_is_known_by_hand(
+    layout: Layout, share: float, sandwich_norms: bool
+) -> None:
     assert isinstance(CONFIG, GLMConfig)
-    c, tokens = CONFIG, ROWS * LENGTH
+    c, tokens = dataclasses.replace(CONFIG, sandwich_norms=sandwich_norms), ROWS * LENGTH
     heads, groups = c.num_heads * c.head_dim, c.num_kv_groups * c.head_dim
     down = c.hidden_size * c.ffn_size
     products = 2 * tokens * (2 * c.hidden_size * (heads + groups) + 3 * down)
@@ -86,7 +89,7 @@ def test_every_product_of_an_update_is_known_by_hand(layout: Layout, share: floa
     if layout.remat == "full":  # and all else but what the last product gives
         layer += products - 2 * tokens * down + attention
     expected = c.num_layers * layer * share + 3 * head / layout.ways("batch") / layout.ways("vocab")
-    module = read(_compiled(layout))
+    module = read(_compiled(layout, c))
     found = sum(flops(x.computation, x.instruction) * x.times for x in walk(module))
     assert found == expected
 

@@ -306,9 +306,8 @@ def test_flops_of_the_presets_are_those_of_a_hand_count(
     tokens = rows * length // layout.ways("batch")
     D, F, heads = config.hidden_size, config.ffn_size, config.num_heads * config.head_dim
     into = D * (heads + 2 * config.num_kv_groups * config.head_dim) + 2 * D * F
-    # each is two operations, and its gradient two products; of the last, down to D, only a norm behind it asks again
-    down = 4 if isinstance(config, GLMConfig) and config.sandwich_norms else 3
-    layer = 2 * tokens * (4 * (into + D * heads) + down * D * F)
+    # each is two operations, and its gradient two products; of the last, down to D, nobody asks a second time
+    layer = 2 * tokens * (4 * (into + D * heads) + 3 * D * F)
     blocks = length // 512
     pairs = 512 * 512 * blocks * (blocks + 1) // 2  # that a causal mask leaves, in whole blocks
     layer += 9 * 2 * (tokens // length) * pairs * heads  # two products twice, five of the gradient

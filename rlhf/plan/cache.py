@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from sharding.chips import Pod
-from sharding.compile import OPTIONS
+from sharding.compile import REDUCE_MEANWHILE, WHOLE_PRODUCTS
 from sharding.described import (
     OutOfMemory,
     compile_for_pod,
@@ -50,7 +50,8 @@ class Cache:
 
 
 def _key(lowered: jax.stages.Lowered, pod: Pod) -> str:
-    options = sorted(OPTIONS["tpu"].items())  # of programs that train; the text does not have them
+    # of programs that train; the text does not have them
+    options = sorted({**WHOLE_PRODUCTS, **REDUCE_MEANWHILE}.items())
     parts = (lowered.as_text(), compiler_version(), jax.__version__, pod.name, options)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 

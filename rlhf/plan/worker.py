@@ -79,6 +79,8 @@ def main() -> int:
         found = verdict(request, Cache(Path(sys.argv[1])))
     except UserError as error:
         found = Verdict((), {}, str(error))
+    except jax.errors.JaxRuntimeError as error:
+        found = Verdict((), {}, f"the compiler gives up: {' '.join(str(error).split())[:200]}")
     sys.stdout.write(json.dumps(as_json(found)))
     return 0
 

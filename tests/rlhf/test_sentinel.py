@@ -41,7 +41,7 @@ def test_less_is_no_change() -> None:
     assert list(changes(KEPT, {})) and list(changes({}, KEPT))
 
 
-def test_what_is_watched_can_be_asked_for() -> None:
+def test_a_dozen_programs_are_watched() -> None:
     watched = read(PODS)
     assert len(watched) >= 10
     for what, _ in watched.values():

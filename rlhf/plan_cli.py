@@ -84,7 +84,7 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
             prompt_length: Tokens of a prompt.
             response_length: Tokens of an answer.
             objective: Shortest step, least memory, or the smallest pod of this kind of chip.
-            top: Layouts to compile and show.
+            top: Layouts that fit to find; those that turn out not to are shown beside them.
             jobs: Compilers at a time; each takes about 2 GB.
             rough: Ask no compiler.
             cache: Where compiled programs are kept.

@@ -12,6 +12,7 @@ from rich.table import Table
 from rlhf.plan.plan import Judged, Plan
 from rlhf.plan.plots import draw_memory, draw_scatter, draw_times
 from rlhf.plan.verdict import as_json
+from rlhf.programs import step_tokens
 from rlhf.report import MISSING, PAGE, STYLE, html_pictures
 from sharding.chips import GIB
 from sharding.disk.directory import explained
@@ -114,8 +115,6 @@ def _size(one: Judged, role: str) -> int:
 
 
 def _rate(plan: Plan, seconds: float) -> str:
-    from rlhf.programs import step_tokens
-
     return (
         f"{step_tokens(plan.task.job, plan.task.workload) / seconds:,.0f}" if seconds else MISSING
     )

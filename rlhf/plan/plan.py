@@ -15,6 +15,7 @@ from sharding.chips import Pod, pods
 from sharding.errors import UserError
 
 Objective = Literal["time", "memory", "smallest"]
+TRIED = 3
 Heard = Callable[[int, int, "Judged"], None]  # (done, of how many, the newest)
 
 
@@ -78,13 +79,15 @@ def plan(
     workers: int = 1,
     heard: Heard = lambda done, count, one: None,
 ) -> Plan:
-    """The `top` layouts of the pod by the objective. Raises UserError where none can fit, naming the smallest pod.
+    """The best layouts of the pod by the objective. Raises UserError where none can fit, naming the smallest pod.
+
+    Those that the compiler refuses do not count among the `top`: more are compiled, `TRIED` times as many at most.
 
     Args:
         task: job, model, workload and objective.
         pod: where it is to run.
         cache: folder of compiled programs; None: the compiler is not asked.
-        top: how many layouts to compile.
+        top: how many layouts to find that fit.
         workers: compilers at a time.
         heard: told of every candidate as its verdict comes.
     """
@@ -93,11 +96,14 @@ def plan(
         found = found.within(pod.chip.memory_bytes)
     if not found.candidates:
         raise UserError(_none_fits(task, pod, found))
-    chosen = _first(found.candidates, task.objective, top)
+    ranked = _ranked(found.candidates, task.objective)[: TRIED * top]
     if cache is None:
-        judged = [Judged(one, None, pod.chip.memory_bytes) for one in chosen]
+        judged = [Judged(one, None, pod.chip.memory_bytes) for one in ranked[:top]]
     else:
-        judged = list(_ask_all(task, pod, chosen, cache, workers, heard))
+        judged = []
+        while ranked and (missing := top - sum(one.fits for one in judged)):
+            chosen, ranked = ranked[:missing], ranked[missing:]
+            judged += _ask_all(task, pod, chosen, cache, workers, heard)
     judged.sort(key=lambda one: _rank(one, task.objective))
     return Plan(task, pod, judged, len(found.candidates), found.ruled_out, cache is not None)
 
@@ -115,11 +121,11 @@ def smallest(task: Task, pod: Pod, cache: Path | None, workers: int = 1) -> Plan
     raise UserError(f"{task.job} of {task.model} fits on no pod of {pod.chip.name}")
 
 
-def _first(candidates: Sequence[Candidate], objective: Objective, top: int) -> list[Candidate]:
-    """Those worth compiling."""
+def _ranked(candidates: Sequence[Candidate], objective: Objective) -> list[Candidate]:
+    """Those most worth compiling first."""
     if objective == "time":
-        return sorted(candidates, key=lambda one: one.rough.step_s)[:top]
-    return sorted(candidates, key=lambda one: one.rough.peak_bytes)[:top]
+        return sorted(candidates, key=lambda one: one.rough.step_s)
+    return sorted(candidates, key=lambda one: one.rough.peak_bytes)
 
 
 def _rank(one: Judged, objective: Objective) -> tuple[bool, bool, float]:

@@ -6,7 +6,7 @@ run beside products, what adds up gradients or activations does not. All figures
 
 import dataclasses
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
@@ -70,17 +70,17 @@ def rough(
     minibatches: int = 2,
 ) -> Rough:
     """Of a step of `job`, which of PPO is an iteration."""
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     passes = list(_passes(job, workload, minibatches))
     for one in passes:
         for name, value in _pass_seconds(one, config, layout, pod).items():
-            seconds[name] += value * one.times  # type: ignore[assignment]
+            seconds[name] += value * one.times
     rollout = 0.0
     if job == "ppo":
         drawn = _drawing(config, generation or layout.for_generation(), workload, pod)
         rollout = sum(drawn.values())
         for name, value in drawn.items():
-            seconds[name] += value  # type: ignore[assignment]
+            seconds[name] += value
     return Rough(dict(seconds), rollout, _memory(job, passes, config, layout))
 
 

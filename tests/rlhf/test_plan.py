@@ -111,8 +111,8 @@ def program(**changes: Any) -> ProgramVerdict:
     return ProgramVerdict(**{**fields, **changes})
 
 
-def told(*verdicts: Verdict, monkeypatch: pytest.MonkeyPatch, task: Task = TASK) -> Plan:
-    """A plan whose compiler says this, one after the other."""
+def told(*verdicts: Verdict, top: int, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """A plan whose compiler says this, one after the other; asked once more it would fail."""
     waiting = iter(verdicts)
     asked: list[Request] = []
 
@@ -121,7 +121,7 @@ def told(*verdicts: Verdict, monkeypatch: pytest.MonkeyPatch, task: Task = TASK)
         return next(waiting)
 
     monkeypatch.setattr(planning, "ask", verdict)
-    return plan(task, POD, Path("nowhere"), len(verdicts))
+    return plan(TASK, POD, Path("nowhere"), top)
 
 
 def test_the_compiler_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,8 @@ def test_the_compiler_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None
     full = Verdict((program(fits=False, peak_bytes=20 * GIB, step_s=0.0),), {"start": 6 * GIB})
     fast = Verdict((program(),), {"policy": GIB})
     broken = Verdict((), {}, "the compiler failed: Aborted")
-    found = told(slow, full, fast, broken, monkeypatch=monkeypatch)
+    # what does not fit does not count among the two
+    found = told(slow, full, broken, fast, top=2, monkeypatch=monkeypatch)
     assert [one.verdict for one in found.judged] == [fast, slow, full, broken]
     assert found.best is not None and found.best.verdict == fast
     rows = [cells(one, found) for one in found.judged]

@@ -86,13 +86,17 @@ def section(task: Task, pod: str, found: Mapping[str, Any]) -> Iterator[str]:
     yield "| layout | remat | samples in | step s | MFU | GiB | rollout | roughly s | roughly GiB |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in rows:
-        rough = row["rough"]
-        fits = row["fits"] and row["compiled"]["error"] is None
+        rough, failed = row["rough"], row["compiled"]["error"] is not None
+        said = f"{row['step_s']:.3f} | {row['mfu']:.1%}" if row["fits"] else "does not fit |"
         yield (
             f"| {row['layout']} | {row['remat']} | {row['generation_layout'] or ''} | "
-            + (f"{row['step_s']:.3f} | {row['mfu']:.1%}" if fits else "does not fit |")
-            + f" | {row['peak_bytes'] / GIB:.2f} | {row['rollout_share'] or 0:.0%} | "
-            f"{sum(rough['seconds'].values()):.3f} | {sum(rough['memory'].values()) / GIB:.2f} |"
+            + (
+                "the compiler fails | | |"
+                if failed
+                else f"{said} | {row['peak_bytes'] / GIB:.2f} |"
+            )
+            + f" {row['rollout_share'] or 0:.0%} | {sum(rough['seconds'].values()):.3f} | "
+            f"{sum(rough['memory'].values()) / GIB:.2f} |"
         )
     steps = [sum(row["rough"]["seconds"].values()) for row in rows]
     if rows and rows[0]["fits"]:

@@ -143,7 +143,7 @@ def _plan(
         cache = None
     with _progress(console) as heard:
         if asked.objective == "smallest":
-            found = smallest(task, pod, cache, workers)
+            found = smallest(task, pod, cache, workers, heard)
         else:
             found = plan(task, pod, cache, asked.top, workers, heard)
     console.print(plan_table(found))
@@ -200,7 +200,7 @@ def _cost(
     seconds = None if pod is None else estimate(module, pod)
     mfu = None
     if pod is not None and seconds is not None and model_flops is not None:
-        mfu = model_flops / (seconds.step_s * pod.chip.flops * module.num_partitions)
+        mfu = pod.chip.utilisation(model_flops, seconds.step_s, module.num_partitions)
     _print(Console(soft_wrap=True, highlight=False), module, found, pod, seconds, mfu)
     if json is not None:
         write_json(json, _report(module, found, pod, seconds, mfu, sizes))

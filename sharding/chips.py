@@ -31,6 +31,10 @@ class Chip:
     per_chip: int = 1  # devices that JAX shows of a chip
     host_bandwidth: float = 16e9  # to the host's memory, and as much back
 
+    def utilisation(self, flops: float, seconds: float, devices: int) -> float:
+        """The share of the peak of so many devices that so many FLOPs in so many seconds are: the MFU."""
+        return flops / (seconds * devices * self.flops)
+
 
 # Peak figures of Google's and NVIDIA's data sheets. Memory is what a program may use: XLA's own messages say so.
 CHIPS: Mapping[str, Chip] = {

@@ -3,7 +3,6 @@
 JAX must not have started when `ENVIRONMENT` is set, so what compiles does so in a process of its own.
 """
 
-import dataclasses
 import importlib.metadata
 import re
 from collections.abc import Mapping
@@ -41,17 +40,6 @@ class OutOfMemory(UserError):
         )
         self.needed = needed
         self.available = available
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """What a program takes of a device's memory, as its compiler says; bytes."""
-
-    peak: int  # the most at a time, arguments included
-    arguments: int
-    outputs: int
-    shared: int  # of outputs that take the place of arguments
-    temporary: int
 
 
 def compiler_version() -> str | None:
@@ -103,15 +91,9 @@ def out_of_memory(message: str) -> OutOfMemory | None:
     return OutOfMemory(int(float(needed) * _UNITS[unit]), int(float(available) * _UNITS[other]))
 
 
-def memory(compiled: jax.stages.Compiled) -> Memory:
-    """What `compiled.memory_analysis()` says."""
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """The most that a program takes of a device at a time, arguments included: `compiled.memory_analysis()`."""
     found = compiled.memory_analysis()
     if found is None:
         raise UserError("the memory of a program is not known: its backend does not tell")
-    return Memory(
-        peak=found.peak_memory_in_bytes,
-        arguments=found.argument_size_in_bytes,
-        outputs=found.output_size_in_bytes,
-        shared=found.alias_size_in_bytes,
-        temporary=found.temp_size_in_bytes,
-    )
+    return int(found.peak_memory_in_bytes)

@@ -6,6 +6,7 @@ collectives, copies between memory and chip - runs beside it on links and memory
 waits for it.
 """
 
+import copy
 import dataclasses
 from collections import defaultdict
 
@@ -116,12 +117,18 @@ class _Run:
         self._started = {name: (end + seconds, of) for name, (end, of) in self._started.items()}
 
     def _longest_branch(self, x: Instruction, times: int) -> None:
-        began, ends = self._now, [self._now]
-        for name in x.called:
-            self._now = began
-            self.through(self._module[name], times)
-            ends.append(self._now)
-        self._now = max(ends)
+        runs = [self._copied() for _ in x.called]
+        for run, name in zip(runs, x.called, strict=True):
+            run.through(self._module[name], times)
+        if runs:
+            self.__dict__ |= max(runs, key=lambda run: run._now).__dict__
+
+    def _copied(self) -> "_Run":
+        run = copy.copy(self)
+        for name, value in self.__dict__.items():
+            if isinstance(value, dict):
+                run.__dict__[name] = value.copy()
+        return run
 
     def _one(self, computation: Computation, x: Instruction, times: int) -> None:
         inside = [Visit(x, computation, 1, computation.name)]

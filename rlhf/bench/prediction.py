@@ -31,4 +31,4 @@ def predicted_seconds(module: Module, pod: Pod | None) -> float | None:
 
 def utilisation(flops: int, seconds: float, devices: int, pod: Pod | None) -> float | None:
     """The share of the devices' peak that so many FLOPs in so many seconds are; None where no peak is known."""
-    return None if pod is None else flops / (seconds * devices * pod.chip.flops)
+    return None if pod is None else pod.chip.utilisation(flops, seconds, devices)

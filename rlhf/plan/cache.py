@@ -18,7 +18,7 @@ from sharding.described import (
     OutOfMemory,
     compile_for_pod,
     compiler_version,
-    memory,
+    peak_bytes,
 )
 from sharding.disk.directory import new_directory
 
@@ -61,7 +61,7 @@ def _compile(lowered: jax.stages.Lowered) -> Entry:
         compiled = compile_for_pod(lowered)
     except OutOfMemory as verdict:
         return Entry(verdict.needed, None)
-    return Entry(memory(compiled).peak, compiled.as_text())
+    return Entry(peak_bytes(compiled), compiled.as_text())
 
 
 def _keep(entry: Entry, place: Path) -> None:

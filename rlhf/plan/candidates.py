@@ -1,6 +1,5 @@
 """Which layouts there are for a job on a pod, and why some cannot be."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -129,14 +128,14 @@ def _generations(
     if job != "ppo":
         return [None]
     count, found = layout.num_devices, []
-    for tensor in _divisors(min(count, MOST_TENSOR)):
-        one = Layout(data=count // tensor, tensor=tensor).for_generation()
+    for tensor in (n for n in _divisors(count) if n <= MOST_TENSOR):
+        one = Layout(data=count // tensor, tensor=tensor)
         try:
-            config.check(one)
+            config.check(one.for_generation())
         except UserError:
             continue
         if workload.batch % one.ways("batch") == 0:
-            found.append(dataclasses.replace(Layout(data=count // tensor, tensor=tensor)))
+            found.append(one)
     own = layout.for_generation()
     return [*found, None] if workload.batch % own.ways("batch") == 0 else list(found)
 

@@ -15,7 +15,7 @@ from rlhf.plan.verdict import as_json
 from rlhf.programs import step_tokens
 from rlhf.report import MISSING, PAGE, STYLE, html_pictures
 from sharding.chips import GIB
-from sharding.disk.directory import explained
+from sharding.disk.directory import explained, new_file
 from sharding.layout import spell_layout
 
 HEADS = (
@@ -32,7 +32,7 @@ HEADS = (
     "",
 )
 COMPILED = "Memory and schedule are the TPU compiler's; seconds, a walk of the schedule against the chip's limits."
-ROUGH = "Counted from shapes alone; with libtpu (pip install glm-jax[plan]) the compiler would be asked."
+ROUGH = "Counted from shapes alone: no compiler was asked."
 
 
 def plan_table(plan: Plan) -> Table:
@@ -179,9 +179,8 @@ def write_page(plan: Plan, path: Path) -> None:
     )
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+    with new_file(path) as file:
+        file.write(text.encode())
 
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:

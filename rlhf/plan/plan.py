@@ -108,14 +108,20 @@ def plan(
     return Plan(task, pod, judged, len(found.candidates), found.ruled_out, cache is not None)
 
 
-def smallest(task: Task, pod: Pod, cache: Path | None, workers: int = 1) -> Plan:
+def smallest(
+    task: Task,
+    pod: Pod,
+    cache: Path | None,
+    workers: int = 1,
+    heard: Heard = lambda done, count, one: None,
+) -> Plan:
     """The plan of the smallest pod of this kind of chip on which the job fits. Raises UserError where none does."""
     for size in pods(pod.chip):
         found = find(task.job, task.config, task.workload, size)
         if not (found.candidates if cache is not None else _some_fits(task, size)):
             continue
         leanest = dataclasses.replace(task, objective="memory")
-        tried = plan(leanest, size, cache, 2, workers)
+        tried = plan(leanest, size, cache, 2, workers, heard)
         if tried.best is not None:
             return tried
     raise UserError(f"{task.job} of {task.model} fits on no pod of {pod.chip.name}")
@@ -171,9 +177,7 @@ def _some_fits(task: Task, pod: Pod) -> bool:
 def _none_fits(task: Task, pod: Pod, found: Found) -> str:
     reasons = ", ".join(f"{reason} ({count})" for reason, count in found.ruled_out.most_common(3))
     larger = (p for p in pods(pod.chip) if p.num_devices > pod.num_devices)
-    fitting = next(
-        (p for p in larger if find(task.job, task.config, task.workload, p).candidates), None
-    )
+    fitting = next((p for p in larger if _some_fits(task, p)), None)
     hint = (
         f"the smallest pod that would: {fitting.name}" if fitting else "no pod of this chip would"
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from glm_jax.config import PRESETS
 from rlhf.plan.plan import Plan
 from sharding.chips import GIB
-from sharding.disk.directory import explained
+from sharding.disk.directory import explained, new_file
 from sharding.layout import spell_layout
 
 TEMPLATE = '''"""{job} of {model} on {pod}, which has {devices} devices.
@@ -33,7 +33,7 @@ sampling = SamplingConfig(max_new_tokens={response})
 config = Recipe(
     output_dir=Path("runs/{name}"),
     data=FilesData(sft=Path("sft.jsonl"), preferences=Path("preferences.jsonl")),
-    {weights},
+    {weights}
     layout="{layout}",
     remat="{remat}",
     generation_layout={generation},
@@ -67,9 +67,9 @@ def write_recipe(plan: Plan, path: Path) -> None:
         step=best.step_s,
         memory=best.peak_bytes / GIB,
         name=path.stem,
-        weights=f"model={shape},  # pretrained=Path(...)"
+        weights=f"model={shape},  # or pretrained=Path(...)"
         if preset
-        else f'pretrained=Path("{task.model}")',
+        else f'pretrained=Path("{task.model}"),',
         layout=spell_layout(layout),
         remat=layout.remat,
         generation=None if generation is None else f'"{spell_layout(generation)}"',
@@ -86,6 +86,5 @@ def write_recipe(plan: Plan, path: Path) -> None:
         )
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            text.replace("),  # pretrained=Path(...),", "),  # or pretrained=Path(...)")
-        )
+    with new_file(path) as file:
+        file.write(text.encode())

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -85,7 +86,7 @@ class Verdict:
     def mfu(self, pod: Pod) -> float:
         """Model FLOPs utilisation of a step."""
         flops = sum(p.runs * p.model_flops for p in self.programs)
-        return flops / (self.step_s * pod.chip.flops * pod.num_devices) if self.step_s else 0.0
+        return pod.chip.utilisation(flops, self.step_s, pod.num_devices) if self.step_s else 0.0
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:
@@ -105,6 +106,9 @@ def ask(request: Request, cache: Path) -> Verdict:
     ran = subprocess.run(
         command, input=pickle.dumps(request), capture_output=True, env={**os.environ, **ENVIRONMENT}
     )
+    if ran.returncode < 0:
+        name = signal.Signals(-ran.returncode).name
+        return Verdict((), {}, f"the compiler crashed ({name}): choose another layout")
     if ran.returncode:
         lines = ran.stderr.decode(errors="replace").strip().splitlines()
         return Verdict((), {}, f"the compiler failed: {lines[-1] if lines else ran.returncode}")

@@ -168,7 +168,8 @@ def test_a_loop_takes_its_rounds() -> None:
 def test_the_longest_branch_counts() -> None:
     branch = f"""
 %short (x: bf16[4096,4096]) -> bf16[4096,4096] {{
-  ROOT %x = {TYPE} parameter(0)
+  %x = {TYPE} parameter(0)
+  ROOT %y = {ON_CHIP} negate(%x)
 }}
 
 %long (x: bf16[4096,4096]) -> bf16[4096,4096] {{

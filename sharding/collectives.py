@@ -47,6 +47,11 @@ class Collective:
         once = self.num_bytes * (self.group_size - 1) // self.group_size
         return 2 * once if self.kind == "all-reduce" else once
 
+    def at(self, places: Sequence[int]) -> "Collective":
+        """With its devices numbered by where each stands."""
+        groups = tuple(tuple(places[device] for device in group) for group in self.groups)
+        return dataclasses.replace(self, groups=groups)
+
     def axes(self, sizes: Mapping[str, int]) -> tuple[str, ...]:
         """The mesh axes along which the devices of a group differ; `sizes` of the mesh, in order."""
         shape = tuple(sizes.values())

@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from sharding.chips import Pod
 from sharding.errors import UserError
 
 Devices = Sequence[Any]  # jax.Device, or what has its attributes
@@ -18,8 +19,8 @@ Devices = Sequence[Any]  # jax.Device, or what has its attributes
 def device_mesh(devices: Devices, sizes: Mapping[str, int]) -> Mesh:
     """The mesh of `sizes` (axis -> size, pipe, data, fsdp and tensor) over the first of `devices`.
 
-    On one host, and in one TPU slice, JAX knows the best order; elsewhere it is that of `device_grid`. Raises UserError
-    as `device_grid` does, and where some of several processes would stand idle.
+    On one host JAX knows the best order; elsewhere it is that of `device_grid`. Raises UserError as `device_grid` does,
+    and where some of several processes would stand idle.
     """
     count = math.prod(sizes.values())
     processes = len({device.process_index for device in devices})
@@ -29,7 +30,7 @@ def device_mesh(devices: Devices, sizes: Mapping[str, int]) -> Mesh:
             f"choose a --layout that covers all, or start fewer processes"
         )
     devices = devices[:count]
-    if num_slices(devices) > 1 or (processes > 1 and devices[0].platform != "tpu"):
+    if processes > 1 or devices[0].platform == "tpu":
         types = (AxisType.Explicit,) * len(sizes)
         return Mesh(device_grid(devices, sizes), tuple(sizes), axis_types=types)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
@@ -52,10 +53,28 @@ def num_slices(devices: Devices) -> int:
     return len({d.slice_index for d in tpus}) or 1
 
 
-def device_grid(devices: Devices, sizes: Mapping[str, int]) -> np.ndarray:
-    """Devices [pipe, data, fsdp, tensor] of several hosts or slices: `data` crosses them first, `tensor` last.
+def places(grid: np.ndarray, pod: Pod) -> list[int]:
+    """Where on the pod each device of a mesh stands, as `sharding.network` numbers them."""
+    devices = grid.reshape(-1).tolist()
+    if not pod.chip.dims:
+        hosts = sorted(devices, key=lambda device: (device.process_index, device.id))
+        return [hosts.index(device) for device in devices]
+    corner = np.min([device.coords for device in devices], axis=0)
+    return [_place(device, corner, pod) for device in devices]
 
-    Raises UserError where `data` cannot be what crosses slices, or where hosts have different numbers of devices.
+
+def _place(device: Any, corner: np.ndarray, pod: Pod) -> int:
+    coordinates = (np.array(device.coords) - corner)[: len(pod.sides)]
+    chip = int(np.ravel_multi_index(coordinates, pod.sides))
+    within = chip * pod.chip.per_chip + device.core_on_chip % pod.chip.per_chip
+    return within + (device.slice_index * pod.slice_devices if pod.slices > 1 else 0)
+
+
+def device_grid(devices: Devices, sizes: Mapping[str, int]) -> np.ndarray:
+    """Devices [pipe, data, fsdp, tensor] of several hosts or TPU slices: `data` crosses them first, `tensor` last.
+
+    Raises UserError where `data` cannot be what crosses slices, where hosts have different numbers of devices, and
+    where the TPUs are no box of a torus.
     """
     per_process = Counter(d.process_index for d in devices)
     if len(set(per_process.values())) > 1:
@@ -63,22 +82,39 @@ def device_grid(devices: Devices, sizes: Mapping[str, int]) -> np.ndarray:
         raise UserError(
             f"the processes have different numbers of devices: {counts}: make them equal"
         )
+    if devices[0].platform == "tpu":
+        return _torus_grid(devices, sizes)
+    # processes in turn, and in each its devices: what varies slowest crosses hosts
+    ordered = np.array(sorted(devices, key=lambda d: (d.process_index, d.id)))
+    outermost = ("data", "pipe", "fsdp", "tensor")
+    grid = ordered.reshape([sizes[axis] for axis in outermost])
+    return grid.transpose([outermost.index(axis) for axis in sizes])
+
+
+def _torus_grid(devices: Devices, sizes: Mapping[str, int]) -> np.ndarray:
+    """As JAX lays axes over the torus of a slice, those that talk most last."""
     slices = num_slices(devices)
-    if slices == 1:
-        # processes in turn, and in each its devices: what varies slowest crosses hosts
-        ordered = np.array(sorted(devices, key=lambda d: (d.process_index, d.id)))
-        outermost = ("data", "pipe", "fsdp", "tensor")
-        grid = ordered.reshape([sizes[axis] for axis in outermost])
-        return grid.transpose([outermost.index(axis) for axis in sizes])
     if sizes["data"] % slices:
         raise UserError(
             f"{slices} TPU slices but data {sizes['data']}: only the data axis may cross slices, choose a layout whose "
             f"data is a multiple of {slices}"
         )
-    across = {axis: slices if axis == "data" else 1 for axis in sizes}
-    within = [size // across[axis] for axis, size in sizes.items()]
-    # as jax.make_mesh does: this generation's slices are meshes without wrap-around in one dimension
-    split = "v5 lite" in devices[0].device_kind or "v5e" in devices[0].device_kind
-    return mesh_utils.create_hybrid_device_mesh(
-        within, list(across.values()), devices, allow_split_physical_axes=split
-    )
+    order = tuple(sizes)
+    if sizes["tensor"] > 1:
+        # vocabularies are split over pipe and tensor: with others between them on one side of the torus, the compiler
+        # of TPUs has no way for what they gather
+        order = ("data", "fsdp", "pipe", "tensor")
+    across = [slices if axis == "data" else 1 for axis in order]
+    within = [sizes[axis] // over for axis, over in zip(order, across, strict=True)]
+    try:
+        if slices == 1:
+            grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+        else:
+            grid = mesh_utils.create_hybrid_device_mesh(
+                within, across, devices, allow_split_physical_axes=True
+            )
+    except AssertionError:
+        raise UserError(
+            f"the {len(devices)} TPUs of the layout are no box of their torus: choose a --layout that covers all"
+        ) from None
+    return grid.transpose([order.index(axis) for axis in sizes])

@@ -9,6 +9,7 @@ waits for it.
 import copy
 import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 
 from sharding.chips import Pod
 from sharding.collectives import Collective, collective, kind_of, rendezvous
@@ -52,14 +53,18 @@ class Estimate:
         return sum(x.exposed_seconds for x in self.collectives)
 
 
-def estimate(module: Module, pod: Pod) -> Estimate:
-    """Walk the program of one device of `pod`. Raises UserError where it is for more devices than there are."""
+def estimate(module: Module, pod: Pod, places: Sequence[int] | None = None) -> Estimate:
+    """Walk the program of one device of `pod`. Raises UserError where it is for more devices than there are.
+
+    `places` says where on the pod each of the program's devices stands, as `sharding.network` numbers them; None: in
+    order.
+    """
     if module.num_partitions > pod.num_devices:
         raise UserError(
             f"the program runs on {module.num_partitions} devices but {pod.name} has {pod.num_devices}: "
             f"give the pod that it was compiled for"
         )
-    run = _Run(module, pod)
+    run = _Run(module, pod, places)
     run.through(module.entry, 1)
     return run.estimate()
 
@@ -67,9 +72,10 @@ def estimate(module: Module, pod: Pod) -> Estimate:
 class _Run:
     """A device's clock, what goes on beside it, and the seconds so far."""
 
-    def __init__(self, module: Module, pod: Pod) -> None:
+    def __init__(self, module: Module, pod: Pod, places: Sequence[int] | None) -> None:
         self._module = module
         self._pod = pod
+        self._places = places
         self._now = 0.0
         self._busy: dict[
             object, float
@@ -203,7 +209,8 @@ class _Run:
         name = talk.instruction.name
         if name not in self._sent:
             found = collective(talk, self._module.num_partitions)
-            self._sent[name] = found, transfer(found, self._pod)
+            standing = found if self._places is None else found.at(self._places)
+            self._sent[name] = found, transfer(standing, self._pod)
         _, took = self._sent[name]
         seconds = took.seconds / LINK_SHARE
         end = max([self._now, *(self._busy.get(link, 0.0) for link in took.links)]) + seconds

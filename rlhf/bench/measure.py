@@ -93,7 +93,7 @@ def _compiled(
         memory_bytes=peak_bytes(compiled) + sum(beside[role] for role in program.beside),
         flops=found.flops,
         collectives=moved(found.collectives),
-        predicted_s=predicted_seconds(module, pod),
+        predicted_s=predicted_seconds(module, program.mesh.devices, pod),
     )
     return compiled, row
 

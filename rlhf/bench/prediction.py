@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from sharding.chips import Pod, chip_of
-from sharding.devices import num_slices
+from sharding.devices import num_slices, places
 from sharding.hlo import Module
 from sharding.schedule import estimate
 
@@ -24,9 +24,9 @@ def attached_pod(devices: Sequence[Any]) -> Pod | None:
     return Pod(chip, tuple(sides.tolist()[: chip.dims]), num_slices(devices))
 
 
-def predicted_seconds(module: Module, pod: Pod | None) -> float | None:
-    """Seconds of one run of a program on a pod; None where nothing is known of it."""
-    return None if pod is None else estimate(module, pod).step_s
+def predicted_seconds(module: Module, grid: np.ndarray, pod: Pod | None) -> float | None:
+    """Seconds of one run of a program on a pod, on a mesh of these devices; None where nothing is known of it."""
+    return None if pod is None else estimate(module, pod, places(grid, pod)).step_s
 
 
 def utilisation(flops: int, seconds: float, devices: int, pod: Pod | None) -> float | None:

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from sharding.chips import Pod
 from sharding.compile import REDUCE_MEANWHILE, WHOLE_PRODUCTS
@@ -37,9 +38,9 @@ class Cache:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def compiled(self, lowered: jax.stages.Lowered, pod: Pod) -> Entry:
-        """The program, compiled now or before. Raises UserError where it cannot be kept."""
-        place = self._directory / _key(lowered, pod)
+    def compiled(self, lowered: jax.stages.Lowered, mesh: Mesh, pod: Pod) -> Entry:
+        """The program for the mesh, compiled now or before. Raises UserError where it cannot be kept."""
+        place = self._directory / _key(lowered, mesh, pod)
         if not place.exists():
             _keep(_compile(lowered), place)
         fields = json.loads((place / "entry.json").read_text())
@@ -49,10 +50,11 @@ class Cache:
         )
 
 
-def _key(lowered: jax.stages.Lowered, pod: Pod) -> str:
-    # of programs that train; the text does not have them
+def _key(lowered: jax.stages.Lowered, mesh: Mesh, pod: Pod) -> str:
+    # the text has neither the options of programs that train nor which device stands where
     options = sorted({**WHOLE_PRODUCTS, **REDUCE_MEANWHILE}.items())
-    parts = (lowered.as_text(), compiler_version(), jax.__version__, pod.name, options)
+    order = [device.id for device in mesh.devices.flat]
+    parts = (lowered.as_text(), order, compiler_version(), jax.__version__, pod.name, options)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

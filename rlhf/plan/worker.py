@@ -17,6 +17,7 @@ from rlhf.plan.verdict import ProgramVerdict, Request, Verdict, as_json
 from rlhf.programs import Program, programs, residents
 from sharding.cost import cost
 from sharding.described import described_devices
+from sharding.devices import places
 from sharding.errors import UserError
 from sharding.hlo import parse
 from sharding.schedule import estimate
@@ -32,7 +33,7 @@ def verdict(request: Request, cache: Cache) -> Verdict:
         )
     found = []
     for program in listed:
-        entry = cache.compiled(program.lower(), request.pod)
+        entry = cache.compiled(program.lower(), program.mesh, request.pod)
         found.append(_judged(program, entry, held, request))
     return Verdict(tuple(found), held)
 
@@ -53,7 +54,8 @@ def _judged(
     if entry.text is None:
         return found
     module = parse(entry.text)
-    taken, time = cost(module), estimate(module, request.pod)
+    taken = cost(module)
+    time = estimate(module, request.pod, places(program.mesh.devices, request.pod))
     sent: dict[str, int] = {}
     for x in taken.collectives:
         name = f"{'+'.join(x.axes(dict(program.mesh.shape)))} {x.kind}"

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sharding.devices import device_grid, device_mesh, num_slices
+from sharding.chips import find_pod
+from sharding.devices import device_grid, device_mesh, num_slices, places
 from sharding.errors import UserError
 from sharding.layout import Layout
 
@@ -41,6 +42,14 @@ def slices(count: int, hosts_each: int) -> list[Any]:
                     place = (x, y, host)
                     devices.append(Device(len(devices), process, "tpu", number, "TPU v4", place))
     return devices
+
+
+def torus(*sides: int, kind: str = "TPU v5p") -> list[Any]:
+    """One TPU slice, a host to it."""
+    coordinates = np.ndindex(*sides, *[1] * (3 - len(sides)))
+    return [
+        Device(number, 0, "tpu", 0, kind, (x, y, z)) for number, (x, y, z) in enumerate(coordinates)
+    ]
 
 
 def field(grid: np.ndarray, name: str) -> np.ndarray:
@@ -79,6 +88,48 @@ def test_only_data_crosses_slices() -> None:
     message = "2 TPU slices but data 1: only the data axis may cross slices"
     with pytest.raises(UserError, match=message):
         device_grid(devices, Layout(fsdp=16).sizes)
+
+
+def test_a_side_of_a_torus_may_be_split_among_axes() -> None:
+    grid = device_grid(torus(4, 4, 4), Layout(pipe=2, data=16, tensor=2).sizes)
+    assert len(set(grid.reshape(-1).tolist())) == 64
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(4, 2, 16, 2), Layout(4, 1, 32, 2), Layout(4, 32, 1, 2), Layout(2, 4, 8, 4)],
+)
+def test_pipe_and_tensor_lie_side_by_side(layout: Layout) -> None:
+    """Or the compiler of TPUs crashes on what is gathered among both."""
+    grid = device_grid(torus(16, 16, kind="TPU v5 lite"), layout.sizes)
+    places = np.array([device.coords for device in grid[:, 0, 0, :].reshape(-1)])
+    box = np.ptp(places, axis=0) + 1
+    assert box.prod() == layout.pipe * layout.tensor  # no holes
+
+
+def test_places_are_those_of_the_torus() -> None:
+    pod = find_pod("v5p:2x2x4")
+    grid = device_grid(torus(2, 2, 4), Layout(data=4, fsdp=4).sizes)
+    assert sorted(places(grid, pod)) == list(range(16))
+    lines = np.array(places(grid, pod)).reshape(4, 4)
+    assert (np.diff(lines, axis=0) == 1).all()  # data lies on the side of four, fsdp across
+    elsewhere = [
+        dataclasses.replace(device, coords=(x + 2, y, z + 4))
+        for device in grid.reshape(-1)
+        for x, y, z in [device.coords]
+    ]
+    assert places(np.array(elsewhere), pod) == places(grid, pod)
+
+
+def test_places_on_hosts_of_gpus_follow_their_order() -> None:
+    pod = find_pod("h100:16")
+    grid = device_grid(hosts(2, 8), Layout(pipe=2, data=2, fsdp=4).sizes)
+    assert places(grid, pod) == [*range(4), *range(8, 12), *range(4, 8), *range(12, 16)]
+
+
+def test_tpus_that_are_no_box_are_refused() -> None:
+    with pytest.raises(UserError, match="the 6 TPUs of the layout are no box of their torus"):
+        device_mesh(torus(4, 4), Layout(data=3, fsdp=2).sizes)
 
 
 def test_hosts_of_different_sizes_are_told_apart() -> None:

@@ -109,6 +109,15 @@ def test_collectives_on_the_same_links_wait_for_each_other() -> None:
     assert both.step_s == pytest.approx(first.seconds + second.seconds)
 
 
+def test_collectives_are_timed_where_their_devices_stand() -> None:
+    text = parse(program(f"%d = {GATHERED} all-gather(%x), {GATHER}"))
+    pod = find_pod("v5e:16x16")
+    in_order = estimate(text, pod).collectives[0]
+    corners = estimate(text, pod, places=[0, 1, 16, 17]).collectives[0]  # a square has two lanes
+    assert in_order.seconds == pytest.approx(2 * corners.seconds, rel=1e-2)
+    assert in_order.collective == corners.collective
+
+
 def test_a_copy_in_the_background_shares_the_memory_with_what_runs() -> None:
     copy = f"%c = ({ON_CHIP}, {TYPE}, u32[]{{:S(2)}}) copy-start(%x)"
     done = f"%d = {ON_CHIP} copy-done(%c)"

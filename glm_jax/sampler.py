@@ -24,6 +24,7 @@ from sharding.errors import UserError
 from sharding.layout import MESH_AXES, Layout
 from sharding.pipeline import IDLE, layer_slots
 from sharding.processes import fetch
+from sharding.reshard import remesh
 
 
 class Move(NamedTuple):
@@ -169,7 +170,11 @@ def _mover(config: Config, source: Layout, target: Layout, mesh: Mesh) -> Progra
         return jax.jit(partial(restack, source=source, target=target))
     # layers and vocabulary are cut on the old mesh, what is left is to bring pieces to other devices
     between = kept_layout(source, config)
-    move = partial(restack, source=source, target=target, place=between)
+
+    def move(model: CausalLM) -> CausalLM:
+        cut = restack(model, source, target, place=between)
+        return jax.tree.map(remesh, cut, shardings)
+
     return jax.jit(move, out_shardings=shardings)
 
 

@@ -25,12 +25,28 @@ def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
     if remat == "full":
         policy = policies.save_only_these_names(KEPT)
     elif remat == "matmuls":
-        policy = policies.dots_with_no_batch_dims_saveable
+        policy = _in_stages(policies.dots_with_no_batch_dims_saveable)
     else:
         _check_host_memory()
-        policy = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+        policy = _in_stages(policies.offload_dot_with_no_batch_dims("device", "pinned_host"))
     # within a scan the compiler cannot merge the second computation with the first
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _in_stages(policy: Callable[..., Any]) -> Callable[..., Any]:
+    """A policy about products without batch dimensions, where one is that of a pipeline's stages and no batch.
+
+    A pipeline runs all of them under one vmap; products inside attention have two more.
+    """
+
+    def decide(primitive: Any, *operands: Any, **params: Any) -> Any:
+        if primitive is jax.lax.dot_general_p:
+            contracted, batch = params["dimension_numbers"]
+            if len(batch[0]) == 1:
+                params = {**params, "dimension_numbers": (contracted, ((), ()))}
+        return policy(primitive, *operands, **params)
+
+    return decide
 
 
 def kept(x: jax.Array) -> jax.Array:

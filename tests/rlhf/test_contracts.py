@@ -73,6 +73,9 @@ def test_fsdp_gathers_a_layer_once_forward_and_once_backward() -> None:
         # six slots for five layers, three ticks for two microbatches: identities and bubbles are computed too
         (Layout(pipe=2, microbatches=2), 6 / 5 * 3 / 2 / 2, False),
         (Layout(pipe=2, data=2, microbatches=4), 6 / 5 * 5 / 4 / 4, False),
+        (Layout(remat="matmuls"), 1.0, False),
+        (Layout(pipe=2, microbatches=2, remat="matmuls"), 6 / 5 * 3 / 2 / 2, False),
+        (Layout(pipe=2, microbatches=2, repeats=2, remat="matmuls"), 8 / 5 * 5 / 4 / 2, False),
     ],
 )
 def test_every_product_of_an_update_is_known_by_hand(
@@ -86,6 +89,8 @@ def test_every_product_of_an_update_is_known_by_hand(
     attention = 2 * tokens * LENGTH * heads  # of queries with keys, and as much with values
     head = 2 * tokens * c.hidden_size * layout.padded(c.vocab_size, "vocab")
     layer = 3 * (products + 2 * attention) + attention  # whose probabilities are computed again
+    if layout.remat == "matmuls":
+        layer += attention
     if layout.remat == "full":  # and all else but what the last product gives
         layer += products - 2 * tokens * down + attention
     expected = c.num_layers * layer * share + 3 * head / layout.ways("batch") / layout.ways("vocab")

@@ -17,7 +17,7 @@ from glm_jax.config import Config
 from glm_jax.layers import Rotation
 from sharding.layout import Layout
 from sharding.pipeline import run_stages
-from sharding.remat import rematerialised
+from sharding.remat import kept, rematerialised
 
 # Which sequence a token belongs to: 0 is padding; a bool array marks real tokens of one sequence a row.
 Segments = Int[Array, "B T"] | Bool[Array, "B T"]
@@ -103,7 +103,9 @@ class Trunk(nnx.Module):
                 y = self.layer(block, x, rotations, attend, layout)
                 return y if is_real is None else jnp.where(is_real, y, x), None
 
-            return jax.lax.scan(rematerialised(layer, layout.remat), x, (blocks, real))[0], places
+            work = rematerialised(layer, layout.remat)
+            # a pipeline's chunk that is made again begins at every layer anew, and no layer twice
+            return jax.lax.scan(lambda x, now: work(kept(x), now), x, (blocks, real))[0], places
 
         places = self.places(ids, segments.astype(jnp.int32))
         state = (self.embed(ids, layout), places)

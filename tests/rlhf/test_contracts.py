@@ -76,6 +76,7 @@ def test_fsdp_gathers_a_layer_once_forward_and_once_backward() -> None:
         (Layout(remat="matmuls"), 1.0, False),
         (Layout(pipe=2, microbatches=2, remat="matmuls"), 6 / 5 * 3 / 2 / 2, False),
         (Layout(pipe=2, microbatches=2, repeats=2, remat="matmuls"), 8 / 5 * 5 / 4 / 2, False),
+        (Layout(pipe=2, microbatches=2, repeats=2, remat="full"), 8 / 5 * 5 / 4 / 2, False),
     ],
 )
 def test_every_product_of_an_update_is_known_by_hand(

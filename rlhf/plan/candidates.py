@@ -1,5 +1,6 @@
 """Which layouts there are for a job on a pod, and why some cannot be."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,7 +16,7 @@ from sharding.pipeline import layer_slots
 
 REMATS: tuple[Remat, ...] = ("none", "matmuls", "full")
 MOST_TENSOR = 16  # beyond it products are so small that nothing is gained
-UNSURE = 1.25  # how far above its memory a layout may lie by the rough count and still be compiled
+UNSURE = 1.2  # how far above its memory a layout may lie by the rough count and still be compiled
 
 
 class Candidate(NamedTuple):
@@ -52,24 +53,25 @@ def name_of(layout: Layout, generation: Layout | None) -> str:
     return ", ".join(parts)
 
 
-def layouts(pod: Pod, batch: int) -> Iterator[Layout]:
+def layouts(pod: Pod, batch: int, num_layers: int) -> Iterator[Layout]:
     """Every layout of the pod's devices: sizes of the axes, schedules, microbatches, remat."""
     count = pod.num_devices
     for pipe in _divisors(count):
         for data in _divisors(count // pipe):
             for fsdp in _divisors(count // (pipe * data)):
                 tensor = count // (pipe * data * fsdp)
-                for micro, repeats in _schedules(pipe, batch // max(data * fsdp, 1)):
+                for micro, repeats in _schedules(pipe, batch // (data * fsdp), num_layers):
                     for remat in REMATS:
                         yield Layout(pipe, data, fsdp, tensor, micro, repeats, remat=remat)
 
 
-def _schedules(pipe: int, rows: int) -> list[tuple[int, int]]:
+def _schedules(pipe: int, rows: int, num_layers: int) -> list[tuple[int, int]]:
     """(microbatches, repeats) for `rows` sequences a shard."""
     if pipe == 1:
         return [(1, 1)]
     micro = [n for n in (pipe, 2 * pipe, 4 * pipe) if n <= max(rows, 1)] or [pipe]
-    return [(n, repeats) for n in micro for repeats in (1, 2)]
+    singly = math.ceil(num_layers / pipe)  # repeats with which a layer is handed on alone
+    return [(n, repeats) for n in micro for repeats in sorted({1, 2, singly})]
 
 
 @lru_cache(maxsize=64)
@@ -78,7 +80,7 @@ def find(job: str, config: Config, workload: Workload, pod: Pod) -> Found:
     ruled_out: Counter[str] = Counter()
     candidates: list[Candidate] = []
     rows = workload.batch // 2 if job == "ppo" else workload.batch  # of an update
-    for layout in layouts(pod, rows):
+    for layout in layouts(pod, rows, config.num_layers):
         reason = misfit(job, config, workload, pod, layout, rows)
         if reason is not None:
             ruled_out[reason] += 1

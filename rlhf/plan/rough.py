@@ -12,13 +12,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from glm_jax.config import Config, GLMV1Config
+from glm_jax.config import Config, GLMConfig, GLMV1Config
 from rlhf.programs import Workload
 from sharding.chips import Pod
 from sharding.collectives import Collective, Groups
 from sharding.layout import Layout
 from sharding.network import transfer
-from sharding.pipeline import bubble_fraction, layer_slots
+from sharding.pipeline import bubble_fraction, layer_slots, num_ticks
 from sharding.schedule import KERNEL_SHARE, MEMORY_SHARE, PRODUCT_SHARE
 
 COMPUTE = 2  # bytes of a number in the layers
@@ -26,8 +26,22 @@ MASTER = 4  # of weights, gradients and the optimizer's two moments
 TRAINED = 3 * MASTER  # bytes a weight that learns keeps
 ROWS_OF_D = 12  # arrays [B, T, D] that a layer moves through memory in a pass, about
 ROWS_OF_F = 6  # and [B, T, F]
-HIDDEN = 0.7  # of the memory's time that products hide
+STAYS = 2**25  # bytes of an array that the memory on the chip holds until it is used
+SHOWN = (
+    0.75,
+    1.5,
+)  # of the memory's time beside products: where arrays stay on the chip, and where they do not
+WAITED = 0.5  # of the time of gradients that all devices add up, where products hide the rest
+SPREAD = (
+    1.5  # and of those that are added up over copies of weights too, of which nothing is hidden
+)
+BLOCK = 512  # queries and keys that an attention kernel takes at a time
+PICKED = 12  # times that a pipeline's chunk of several layers moves through memory in a tick, if others follow it
+ADDED = 3.5  # and if a stage has one alone
 PIECE_OF_LOGITS = 2**27  # bytes of logits that are there at a time
+HEADS = 1.5  # copies of the gathered matrix of the head, a part of its gradient counted
+STREAMS = 3  # copies of all rows of a pipeline: what enters, what leaves, and a gradient
+WEIGHTS_OF_STAGE = 2.5  # a pipeline's weights in bfloat16, and gradients that add up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,30 +148,41 @@ def _pass_seconds(one: _Pass, config: Config, layout: Layout, pod: Pod) -> dict[
 
     weights = layer_weights(config)
     products = layers * runs * 2 * tokens * weights / tensor
-    if one.head:
-        products += (
-            (runs if one.backward else 1)
-            * 2
-            * tokens
-            * D
-            * config.vocab_size
-            / layout.ways("vocab")
-        )
-    seen = 2 * 2 * tokens * T / 2 * config.num_heads * config.head_dim / tensor
-    kernels = layers * seen * (1 + (2.5 + remade if one.backward else 0))
+    if remade:  # the last product is not asked for again
+        products -= layers * 2 * tokens * D * config.ffn_size / tensor
+    if one.head:  # whose logits are made in parts, and again for the gradient
+        head = 2 * tokens * D * config.vocab_size / layout.ways("vocab")
+        products += head * (4 if one.backward else 1)
+    pairs = T * (T + min(T, BLOCK)) / 2  # a causal kernel works in blocks
+    seen = 2 * 2 * tokens / T * pairs * config.num_heads * config.head_dim / tensor
+    again = layout.remat != "none"  # no policy keeps what attention gives
+    kernels = layers * seen * (1 + (2.5 + again if one.backward else 0))
     moved = (
         layers * visits * tokens * COMPUTE * (ROWS_OF_D * D + ROWS_OF_F * config.ffn_size / tensor)
     )
     moved += layers * visits * weights / tensor * COMPUTE * 2
     if one.backward:
         moved += 8 * MASTER * num_weights(config) / (layout.ways("embed_weight") * tensor * stages)
+    at_once = tokens / layout.microbatches * D * COMPUTE
+    shown = SHOWN[at_once > STAYS]
+    picked = _picked(config, layout) * COMPUTE if one.backward else 0.0
     products_s = products / (chip.flops * PRODUCT_SHARE)
     found = {
         "products": products_s,
         "attention": kernels / (chip.flops * KERNEL_SHARE),
-        "memory": (1 - HIDDEN) * moved / (chip.memory_bandwidth * MEMORY_SHARE),
+        "memory": (shown * moved + picked) / (chip.memory_bandwidth * MEMORY_SHARE),
     }
     return found | _talk(one, config, layout, pod, products_s, visits)
+
+
+def _picked(config: Config, layout: Layout) -> float:
+    """Weights that a stage moves through memory in all ticks, to work with a chunk and to add its gradients up."""
+    stages = layout.ways("stage")
+    chunk = layer_slots(config.num_layers, layout).size // (stages * layout.repeats)
+    if stages == 1 or (layout.repeats > 1 and chunk == 1):
+        return 0.0
+    weights = chunk * layer_weights(config) / layout.ways("heads")
+    return num_ticks(layout) * weights * (PICKED if layout.repeats > 1 else ADDED)
 
 
 def _talk(
@@ -175,13 +200,18 @@ def _talk(
         gathered = _seconds("all-gather", gathers * own * COMPUTE, storage, layout, pod)
         # within the layers it runs beside products, as long as these last
         found["weights"] = max(gathered - products_s, 0.02 * gathered) if stages == 1 else gathered
-        if one.backward:
-            whole = set(storage) == {axis for axis, size in layout.sizes.items() if size > 1}
-            kind = "all-reduce" if whole else "reduce-scatter"  # what the compiler makes of it
-            found["gradients"] += _seconds(kind, own * COMPUTE, storage, layout, pod)
-    if one.backward and replicas:
-        shard = own / layout.ways("embed_weight")
-        found["gradients"] += _seconds("all-reduce", shard * MASTER, replicas, layout, pod)
+    whole = {*storage, *replicas} == {axis for axis, size in layout.sizes.items() if size > 1}
+    if one.backward and whole:  # the compiler scatters nothing then
+        found["gradients"] = _seconds(
+            "all-reduce", own * COMPUTE, (*replicas, *storage), layout, pod
+        ) * (SPREAD if replicas else WAITED)
+    elif one.backward:
+        if storage:
+            found["gradients"] += _seconds("reduce-scatter", own * COMPUTE, storage, layout, pod)
+        if replicas:
+            shard = own / layout.ways("embed_weight")
+            found["gradients"] += _seconds("all-reduce", shard * MASTER, replicas, layout, pod)
+        found["gradients"] *= SPREAD
     layers = config.num_layers / stages * _slots(config, layout)
     rows = one.rows * one.length / layout.ways("batch") * config.hidden_size * COMPUTE
     if tensor > 1:
@@ -262,26 +292,53 @@ def _memory(job: str, passes: list[_Pass], config: Config, layout: Layout) -> di
 
 
 def _working(one: _Pass, config: Config, layout: Layout) -> dict[str, float]:
-    """What an update has beside weights."""
-    stages, tensor, T = layout.ways("stage"), layout.ways("heads"), one.length
+    """What an update has beside weights: what layers keep, and the larger of what a layer and the head work with."""
+    stages, T, D = layout.ways("stage"), one.length, config.hidden_size
     rows = one.rows / layout.ways("batch") / layout.accumulate
-    at_once = rows / layout.microbatches  # in a layer
-    D, F = config.hidden_size, config.ffn_size / tensor
-    heads = config.num_heads * config.head_dim / tensor
-    layer = at_once * T * COMPUTE * (6 * D + 4 * heads + 4 * F)
-    kept = {"full": D, "matmuls": 3 * D + 3 * heads + 2 * F}.get(
-        layout.remat, 8 * D + 5 * heads + 4 * F
-    )
     layers = config.num_layers / stages * _slots(config, layout)
-    weights = 2 * layer_weights(config) / tensor * COMPUTE * 2
-    if stages > 1:  # of a stage all, and their gradients
-        weights = config.num_layers / stages * layer_weights(config) / tensor * COMPUTE * 2
+    kept = layers * rows * T * COMPUTE * _kept(config, layout)
+    layer = rows / layout.microbatches * T * COMPUTE * _arrays(config, layout)
+    weights = layer_weights(config) / layout.ways("heads") * COMPUTE
+    if (
+        stages > 1
+    ):  # what enters and leaves the stages, whole stages of weights, and gradients that add up
+        kept += STREAMS * rows * T * D * COMPUTE
+        weights *= layer_slots(config.num_layers, layout).size / stages
+        if (
+            layout.remat == "none" and layout.repeats > 1
+        ):  # every tick keeps the chunk that it picks
+            kept += num_ticks(layout) * weights / layout.repeats
+        weights *= WEIGHTS_OF_STAGE
+    else:
+        weights *= 2 if layout.axes("embed_weight") else 1  # or its gradient alone
     logits = 0.0
     if one.head:
-        logits = min(rows * T * config.vocab_size * MASTER / layout.ways("vocab"), PIECE_OF_LOGITS)
-        logits += 2 * D * config.vocab_size * COMPUTE / layout.ways("vocab")
-    return {
-        "activations": layers * rows * T * COMPUTE * kept + layer,
-        "gathered weights": weights if layout.axes("embed_weight") else 0.0,
-        "logits": logits,
-    }
+        split = layout.ways("vocab")
+        logits = min(rows * T * config.vocab_size * MASTER / split, PIECE_OF_LOGITS)
+        logits += HEADS * D * config.vocab_size * COMPUTE / split
+    if stages > 1:
+        return {"activations": kept + layer, "gathered weights": weights, "logits": 0.0}
+    if layer + weights > logits:
+        return {"activations": kept + layer, "gathered weights": weights, "logits": 0.0}
+    return {"activations": kept, "gathered weights": 0.0, "logits": logits}
+
+
+def _kept(config: Config, layout: Layout) -> float:
+    """Entries that a layer keeps of a token for its gradient."""
+    D, tensor = config.hidden_size, layout.ways("heads")
+    queries = config.num_heads * config.head_dim
+    products = (queries + 2 * config.num_kv_groups * config.head_dim) / tensor
+    wide = config.ffn_size / tensor
+    if layout.remat == "full":
+        if tensor > 1:  # and both sums over its shards
+            return 3 * D
+        return 2 * D if isinstance(config, GLMConfig) and config.sandwich_norms else D
+    if layout.remat == "none":
+        return 2 * D + products + queries / tensor + 3 * wide
+    return 2.5 * D + products + 2 * wide
+
+
+def _arrays(config: Config, layout: Layout) -> float:
+    """Entries of a token in the arrays that a layer works with at a time."""
+    heads = config.num_heads * config.head_dim
+    return 6 * config.hidden_size + 4 * (heads + config.ffn_size) / layout.ways("heads")

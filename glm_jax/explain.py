@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from glm_jax.config import Config
+from glm_jax.layers import residual_axes
 from glm_jax.model import CausalLM, init_model
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.weights import Axes, axes_of, kv_axis, named_weights
@@ -105,7 +106,7 @@ def activations(config: Config, layout: Layout, batch: int, length: int) -> Iter
     groups, heads = ((K, N // K), ("kv_heads", None)) if kv else ((N, 1), ("heads", None))
     compute, stream = config.compute_dtype, ("batch", "time")
     for name, sizes, dtype, axes in (
-        ("residual BTD", (length, config.hidden_size), compute, (*stream, "embed")),
+        ("residual BTD", (length, config.hidden_size), compute, residual_axes(length, layout)),
         ("q BTNH", (length, N, H), compute, (*stream, "heads", "head_dim")),
         ("k, v BTKH", (length, K, H), compute, (*stream, kv, "head_dim")),
         ("scores BKGTS", (*groups, length, length), "float32", ("batch", *heads, "time", None)),

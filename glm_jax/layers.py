@@ -133,6 +133,30 @@ def from_heads(
     return project(x, w)
 
 
+def residual_axes(length: int, layout: Layout) -> tuple[str, str, str]:
+    """Logical axes of what passes from one branch of a layer to the next, [B, length, D].
+
+    Split over tokens too where they divide (sequence parallelism, Korthikanti et al. 2022, section 4.2.2): a branch
+    then begins with a gather and ends with a scattered sum, which together send what one sum for all would.
+    """
+    tokens = "time" if length % layout.ways("sequence") else "sequence"
+    return "batch", tokens, "embed"
+
+
+def spread(x: Float[Array, "B T D"], layout: Layout) -> Float[Array, "B T D"]:
+    """`x`, which a branch gives, as `residual_axes` says."""
+    if layout.ways("sequence") == 1:
+        return x
+    return jax.sharding.reshard(x, layout.spec(*residual_axes(x.shape[1], layout)))
+
+
+def gathered(x: Float[Array, "B T D"], layout: Layout) -> Float[Array, "B T D"]:
+    """`x`, which a branch takes, with all tokens of its rows."""
+    if layout.ways("sequence") == 1:
+        return x
+    return jax.sharding.reshard(x, layout.spec("batch", "time", "embed"))
+
+
 def summed(x: Float[Array, "B T D"], layout: Layout) -> Float[Array, "B T D"]:
     """`x`, which holds a sum over heads: to make it again where they are split is to wait for other devices."""
     return kept(x) if layout.ways("heads") > 1 else x

@@ -24,11 +24,13 @@ from glm_jax.attention import Attend, Sight
 from glm_jax.config import GLMV1Config
 from glm_jax.layers import (
     from_heads,
+    gathered,
     layer_norm,
     mlp,
     rotary_frequencies,
     rotate_halves,
     rotation,
+    spread,
     summed,
     to_heads,
 )
@@ -113,12 +115,13 @@ class TrunkV1(Trunk):
         """Attention and MLP on normalised input, each added to alpha times that input."""
         eps = self.config.norm_eps
         x = layer_norm(x, block.attn_norm, block.attn_norm_bias, eps)
-        q, k, v = _projections(block, x, rotations, layout)
-        attended = from_heads(attend(q, k, v), block.w_o, layout)
+        q, k, v = _projections(block, gathered(x, layout), rotations, layout)
+        attended = spread(from_heads(attend(q, k, v), block.w_o, layout), layout)
         x = summed(x * jnp.asarray(ALPHA, x.dtype) + attended + block.b_o, layout)
         x = layer_norm(x, block.mlp_norm, block.mlp_norm_bias, eps)
-        out = mlp(x, block.w_in, block.b_in, block.w_out, block.b_out, layout)
-        return x * jnp.asarray(ALPHA, x.dtype) + out
+        whole = gathered(x, layout)
+        out = mlp(whole, block.w_in, block.b_in, block.w_out, block.b_out, layout)
+        return x * jnp.asarray(ALPHA, x.dtype) + spread(out, layout)
 
     def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """LayerNorm."""

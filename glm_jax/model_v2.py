@@ -14,10 +14,12 @@ from glm_jax.layers import (
     Rotation,
     from_heads,
     gated_mlp,
+    gathered,
     rms_norm,
     rotary_frequencies,
     rotate,
     rotation,
+    spread,
     summed,
     to_heads,
 )
@@ -70,14 +72,15 @@ class TrunkV2(Trunk):
         config = self.config
         assert isinstance(config, GLMConfig)
         eps, (by,) = config.norm_eps, rotations
-        q, k, v = _projections(block, rms_norm(x, block.attn_norm, eps), by, config, layout)
-        attended = from_heads(attend(q, k, v), block.w_o, layout)
+        normed = gathered(rms_norm(x, block.attn_norm, eps), layout)
+        q, k, v = _projections(block, normed, by, config, layout)
+        attended = spread(from_heads(attend(q, k, v), block.w_o, layout), layout)
         if block.attn_out_norm is not None:
             x = x + rms_norm(summed(attended, layout), block.attn_out_norm, eps)
         else:
             x = summed(x + attended, layout)
-        normed = rms_norm(x, block.mlp_norm, eps)
-        out = gated_mlp(normed, block.w_gate, block.w_up, block.w_down, layout)
+        normed = gathered(rms_norm(x, block.mlp_norm, eps), layout)
+        out = spread(gated_mlp(normed, block.w_gate, block.w_up, block.w_down, layout), layout)
         if block.mlp_out_norm is not None:
             # without a norm behind it, nobody asks for the widest product again
             out = rms_norm(kept(out), block.mlp_out_norm, eps)

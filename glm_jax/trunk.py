@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.attention import Attend, Sight, attention, over_sequences
 from glm_jax.config import Config
-from glm_jax.layers import Rotation
+from glm_jax.layers import Rotation, gathered, spread
 from sharding.layout import Layout
 from sharding.pipeline import run_stages
 from sharding.remat import kept, rematerialised
@@ -108,9 +108,9 @@ class Trunk(nnx.Module):
             return jax.lax.scan(lambda x, now: work(kept(x), now), x, (blocks, real))[0], places
 
         places = self.places(ids, segments.astype(jnp.int32))
-        state = (self.embed(ids, layout), places)
+        state = (spread(self.embed(ids, layout), layout), places)
         x, _ = run_stages(stage, self.compute_blocks(), state, self.config.num_layers, layout)
-        return self.finish(x)
+        return self.finish(gathered(x, layout))
 
     def prefill(
         self, ids: Int[Array, "B T"], real: Bool[Array, "B T"], room: int, layout: Layout

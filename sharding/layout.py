@@ -29,6 +29,8 @@ TRAINING_RULES: Rules = (
     # activations
     ("batch", ("data", "fsdp")),
     ("time", ()),
+    # tokens between attention and MLP, which tensor parallelism alone would have every shard hold
+    ("sequence", ("tensor",)),
     ("embed", ()),
     # weights; their width is its own axis, which is how FSDP and tensor parallelism share one table
     ("embed_weight", ("fsdp",)),
@@ -46,9 +48,14 @@ TRAINING_RULES: Rules = (
 
 # Generation leaves a pipeline idle (arXiv 2404.00934, section 3): the same devices hold whole models instead and
 # the pipe axis carries more of the batch. Last, so that every device keeps a part of the rows it had.
+_GENERATION: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "pipe"),
+    "sequence": (),  # one token at a time
+    "stage": (),
+    "vocab": ("tensor",),
+}
 GENERATION_RULES: Rules = tuple(
-    (name, {"batch": ("data", "fsdp", "pipe"), "stage": (), "vocab": ("tensor",)}.get(name, axes))
-    for name, axes in TRAINING_RULES
+    (name, _GENERATION.get(name, axes)) for name, axes in TRAINING_RULES
 )
 
 # What a layer keeps of its forward pass for its gradient: everything; nothing but its input and what is dearest to make
@@ -185,7 +192,8 @@ class Layout:
 
         def split(x: jax.Array) -> jax.Array:
             shape = (x.shape[0] // count, count, *x.shape[1:])
-            rows = jnp.reshape(x, shape, out_sharding=self.spec("batch", *[None] * x.ndim))
+            spec = PartitionSpec(*self.spec("batch", None), *jax.typeof(x).sharding.spec[1:])
+            rows = jnp.reshape(x, shape, out_sharding=spec)
             return jnp.moveaxis(rows, 1, 0)
 
         return jax.tree.map(split, tree)

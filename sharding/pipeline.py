@@ -147,8 +147,9 @@ def _run_pipeline(
 
     def fed(x: jax.Array) -> jax.Array:
         # to every stage its own, of which only the first's counts: so its gradient stays there until the ticks are over
-        spec = layout.spec(None, "stage", "batch", *[None] * (x.ndim - 1))
         shards = _by_shards(x, layout)
+        lead = layout.spec(None, "stage", "batch")
+        spec = PartitionSpec(*lead, *jax.typeof(shards).sharding.spec[2:])
         shape = (micro, stages, *shards.shape[1:])
         own = jnp.broadcast_to(shards[:, None], shape, out_sharding=spec)
         # what enters after the last microbatch is not used
@@ -163,7 +164,7 @@ def _run_pipeline(
         # slot 0 of [tick, P, shard, b, ...] for all stages, as a sum since the stage dimension is split
         last = x[ticks - micro :]
         finished = jnp.sum(jnp.where(first(last[0]), last, 0), axis=1, dtype=x.dtype)
-        spec = layout.spec("batch", *[None] * (like.ndim - 1))
+        spec = jax.typeof(like).sharding.spec
         return jnp.reshape(jnp.moveaxis(finished, 0, 2), like.shape, out_sharding=spec)
 
     return jax.tree.map(rows, outputs, state)
@@ -199,7 +200,9 @@ def _by_shards(x: jax.Array, layout: Layout) -> jax.Array:
     """[M, B, ...] -> [M, shard of the batch, rows of it, ...]."""
     shards = layout.ways("batch")
     shape = (len(x), shards, x.shape[1] // shards, *x.shape[2:])
-    return jnp.reshape(x, shape, out_sharding=layout.spec(None, "batch", *[None] * (x.ndim - 1)))
+    rest = jax.typeof(x).sharding.spec[2:]
+    spec = PartitionSpec(*layout.spec(None, "batch", None), *rest)
+    return jnp.reshape(x, shape, out_sharding=spec)
 
 
 def _copied_chunks(w: jax.Array, layout: Layout) -> jax.Array:

@@ -157,9 +157,8 @@ def _pass_seconds(one: _Pass, config: Config, layout: Layout, pod: Pod) -> dict[
     seen = 2 * 2 * tokens / T * pairs * config.num_heads * config.head_dim / tensor
     again = layout.remat != "none"  # no policy keeps what attention gives
     kernels = layers * seen * (1 + (2.5 + again if one.backward else 0))
-    moved = (
-        layers * visits * tokens * COMPUTE * (ROWS_OF_D * D + ROWS_OF_F * config.ffn_size / tensor)
-    )
+    narrow = ROWS_OF_D * (1 + 1 / tensor) / 2  # half of them are split over tokens
+    moved = layers * visits * tokens * COMPUTE * (narrow * D + ROWS_OF_F * config.ffn_size / tensor)
     moved += layers * visits * weights / tensor * COMPUTE * 2
     if one.backward:
         moved += 8 * MASTER * num_weights(config) / (layout.ways("embed_weight") * tensor * stages)
@@ -215,7 +214,8 @@ def _talk(
     layers = config.num_layers / stages * _slots(config, layout)
     rows = one.rows * one.length / layout.ways("batch") * config.hidden_size * COMPUTE
     if tensor > 1:
-        sums = 2 * visits * layers * rows
+        # a gather and a scattered sum are one sum for all; of those for gradients products hide a part
+        sums = (3.5 if one.backward else 2) * layers * rows
         found["activations"] += _seconds("all-reduce", sums, layout.axes("heads"), layout, pod)
     if stages > 1:
         passed = rows * layout.repeats * (2 if one.backward else 1) / (1 - bubble_fraction(layout))
@@ -331,11 +331,11 @@ def _kept(config: Config, layout: Layout) -> float:
     wide = config.ffn_size / tensor
     if layout.remat == "full":
         if tensor > 1:  # and both sums over its shards
-            return 3 * D
+            return 3 * D / tensor
         return 2 * D if isinstance(config, GLMConfig) and config.sandwich_norms else D
     if layout.remat == "none":
         return 2 * D + products + queries / tensor + 3 * wide
-    return 2.5 * D + products + 2 * wide
+    return (2.5 if tensor == 1 else 1.5) * D + products + 2 * wide
 
 
 def _arrays(config: Config, layout: Layout) -> float:

@@ -4,6 +4,7 @@ The kernels keep scores in on-chip memory; what they need of a mask is not an ar
 segment and how far it sees. Which one runs is decided in `over_sequences`, by the devices of the current mesh.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 from glm_jax.layers import MASKED
 from sharding.devices import mesh_platform
 from sharding.layout import Layout
+
+_PIPELINES = itertools.count()  # that were traced
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BSKH, v_BSKH -> BTNH
 
@@ -50,7 +53,10 @@ def over_sequences(sight: Sight, layout: Layout) -> Attend:
     """
     platform = mesh_platform()
     if platform == "tpu":
-        return lambda q, k, v: splash_attention(q, k, v, sight, layout)
+        # where two pipelines of a program call one function, as jit makes it, the compiler of TPUs crashes: a name of
+        # its own makes it another
+        name = f"attention {next(_PIPELINES)}" if layout.ways("stage") > 1 else None
+        return lambda q, k, v: splash_attention(q, k, v, sight, layout, name=name)
     mask = sight.mask()  # once, not in every layer
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -69,11 +75,13 @@ def splash_attention(
     sight: Sight,
     layout: Layout,
     interpret: bool = False,
+    name: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """`attention` under the mask of `sight` as JAX's splash kernel (Dao 2023), every device on its rows and heads.
 
     Where sight is causal, blocks of keys that come after all queries are left out. Rows are lengthened to a multiple
-    of 128, which the kernel's blocks divide. `interpret` runs it on any device, slowly.
+    of 128, which the kernel's blocks divide. `interpret` runs it on any device, slowly; kernels of different `name`
+    share no code.
     """
     length = q_BTNH.shape[1]
     scaled = (q_BTNH.astype(jnp.float32) * q_BTNH.shape[-1] ** -0.5).astype(q_BTNH.dtype)
@@ -86,7 +94,7 @@ def splash_attention(
         def row(
             q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, reach: jax.Array | None
         ) -> jax.Array:
-            kernel = _splash_kernel(q.shape[0], q.shape[1], reach, interpret)
+            kernel = _splash_kernel(q.shape[0], q.shape[1], reach, interpret, name)
             out: jax.Array = kernel(q, k, v, splash.SegmentIds(segment, segment))  # type: ignore[assignment]
             return out
 
@@ -98,7 +106,7 @@ def splash_attention(
 
 
 def _splash_kernel(
-    num_heads: int, length: int, reach: jax.Array | None, interpret: bool
+    num_heads: int, length: int, reach: jax.Array | None, interpret: bool, name: str | None
 ) -> splash.SplashAttentionKernel:
     """The kernel for one row of a device's heads."""
     block = next(size for size in (512, 256, 128) if length % size == 0)
@@ -114,7 +122,9 @@ def _splash_kernel(
         use_fused_bwd_kernel=fused,
     )
     causal = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * num_heads)
-    kernel = splash.make_splash_mha_single_device(causal, block_sizes=blocks, interpret=interpret)
+    kernel = splash.make_splash_mha_single_device(
+        causal, block_sizes=blocks, interpret=interpret, residual_checkpoint_name=name
+    )
     if reach is None:
         return kernel
     # the kernel compares a key's column with a number of the query: its column, or here its reach. No block is left out

@@ -292,6 +292,19 @@ def test_the_choice_is_within_five_percent_of_the_best_of_all_layouts(tmp_path: 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed"
 )
+def test_the_compiler_takes_pipelines_and_tensor_shards_in_every_program(tmp_path: Path) -> None:
+    """It crashes on two pipelines of a program whose attention is one function."""
+    config = GLMConfig(512, 512, 2, 4, 2, 128, 1024, compute_dtype="bfloat16")
+    layout, generation = parse_layout("2x1x4x2:gpipe:2:1"), parse_layout("1x4x1x4")
+    request = Request("ppo", config, layout, generation, Workload(64, 64, 64), find_pod("v5e:4x4"))
+    found = ask(request, tmp_path)
+    assert found.error is None and found.fits
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed"
+)
 @pytest.mark.parametrize(
     ("model", "pod", "name", "rows", "length"),
     [

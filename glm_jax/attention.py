@@ -24,7 +24,9 @@ from glm_jax.layers import MASKED
 from sharding.devices import mesh_platform
 from sharding.layout import Layout
 
-_PIPELINES = itertools.count()  # that were traced
+# where two pipelines of a program call one function, as jit makes it, the compiler of TPUs crashes (libtpu 0.0.42): a
+# number of its own makes the kernel of each another
+_PIPELINES = itertools.count()
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BSKH, v_BSKH -> BTNH
 
@@ -53,8 +55,6 @@ def over_sequences(sight: Sight, layout: Layout) -> Attend:
     """
     platform = mesh_platform()
     if platform == "tpu":
-        # where two pipelines of a program call one function, as jit makes it, the compiler of TPUs crashes: a name of
-        # its own makes it another
         name = f"attention {next(_PIPELINES)}" if layout.ways("stage") > 1 else None
         return lambda q, k, v: splash_attention(q, k, v, sight, layout, name=name)
     mask = sight.mask()  # once, not in every layer

@@ -137,7 +137,8 @@ def residual_axes(length: int, layout: Layout) -> tuple[str, str, str]:
     """Logical axes of what passes from one branch of a layer to the next, [B, length, D].
 
     Split over tokens too where they divide (sequence parallelism, Korthikanti et al. 2022, section 4.2.2): a branch
-    then begins with a gather and ends with a scattered sum, which together send what one sum for all would.
+    then begins with a gather and ends with a scattered sum, which together send what one sum for all would; the gather
+    is made again for the gradient where `remat` asks for it. In a pipeline the compiler of TPUs scatters no sum.
     """
     tokens = "time" if length % layout.ways("sequence") else "sequence"
     return "batch", tokens, "embed"

@@ -19,8 +19,8 @@ Devices = Sequence[Any]  # jax.Device, or what has its attributes
 def device_mesh(devices: Devices, sizes: Mapping[str, int]) -> Mesh:
     """The mesh of `sizes` (axis -> size, pipe, data, fsdp and tensor) over the first of `devices`.
 
-    On one host JAX knows the best order; elsewhere it is that of `device_grid`. Raises UserError as `device_grid` does,
-    and where some of several processes would stand idle.
+    On one host without TPUs JAX knows the best order; elsewhere it is that of `device_grid`. Raises UserError as
+    `device_grid` does, and where some of several processes would stand idle.
     """
     count = math.prod(sizes.values())
     processes = len({device.process_index for device in devices})
@@ -54,11 +54,16 @@ def num_slices(devices: Devices) -> int:
 
 
 def places(grid: np.ndarray, pod: Pod) -> list[int]:
-    """Where on the pod each device of a mesh stands, as `sharding.network` numbers them."""
+    """Where on the pod each device of a program stands, as `sharding.network` numbers them.
+
+    A program's devices are those of the mesh `grid` in order, those of a slice before the next one's.
+    """
     devices = grid.reshape(-1).tolist()
-    if not pod.chip.dims:
+    if devices[0].platform != "tpu":
         hosts = sorted(devices, key=lambda device: (device.process_index, device.id))
         return [hosts.index(device) for device in devices]
+    if pod.slices > 1:
+        devices.sort(key=lambda device: device.slice_index)
     corner = np.min([device.coords for device in devices], axis=0)
     return [_place(device, corner, pod) for device in devices]
 

@@ -50,7 +50,7 @@ TRAINING_RULES: Rules = (
 # the pipe axis carries more of the batch. Last, so that every device keeps a part of the rows it had.
 _GENERATION: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "pipe"),
-    "sequence": (),  # one token at a time
+    "sequence": (),  # of which there is one token at a time, once the prompt is read
     "stage": (),
     "vocab": ("tensor",),
 }

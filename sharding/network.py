@@ -26,7 +26,7 @@ class Transfer:
 def transfer(collective: Collective, pod: Pod) -> Transfer:
     """How long it takes where nothing else is on its links.
 
-    Devices are numbered along the pod's sides, the last side fastest: so JAX's meshes lie on a torus.
+    Devices are numbered along the pod's sides, the last side fastest.
     """
     groups, kind, size = collective.groups, collective.kind, collective.num_bytes
     if kind == "collective-permute":

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-Cut = tuple[
-    tuple[str, ...], ...
-]  # for every dimension the axes that it is split over, the slowest first
+# for every dimension the axes that it is split over, the slowest first
+Cut = tuple[tuple[str, ...], ...]
 
 
 def remesh(x: jax.Array, target: NamedSharding) -> jax.Array:
@@ -74,7 +73,10 @@ def _refined(cut: Cut, sizes: Mapping[str, int], mesh: AbstractMesh) -> Cut:
 
 
 def steps(begin: Cut, end: Cut, shape: Sequence[int], sizes: Mapping[str, int]) -> list[Cut]:
-    """Cuts from `begin` to `end`, both included, of which each takes one collective, or none, from the one before."""
+    """Cuts from `begin` to `end`, both included, of which each takes one collective, or none, from the one before.
+
+    But where a dimension is too short for the axes on their way: what is left then is the compiler's, in the last step.
+    """
     return [cut for cut, _ in itertools.groupby(_steps(begin, end, shape, sizes))]
 
 

@@ -1,6 +1,5 @@
 """Which layouts there are for a job on a pod, and why some cannot be."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -70,8 +69,10 @@ def _schedules(pipe: int, rows: int, num_layers: int) -> list[tuple[int, int]]:
     if pipe == 1:
         return [(1, 1)]
     micro = [n for n in (pipe, 2 * pipe, 4 * pipe) if n <= max(rows, 1)] or [pipe]
-    singly = math.ceil(num_layers / pipe)  # repeats with which a layer is handed on alone
-    return [(n, repeats) for n in micro for repeats in sorted({1, 2, singly})]
+    repeats = (
+        {1, 2} if num_layers % pipe else {1, 2, num_layers // pipe}
+    )  # the last: layers handed on alone
+    return [(n, times) for n in micro for times in sorted(repeats)]
 
 
 @lru_cache(maxsize=64)

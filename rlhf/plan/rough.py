@@ -1,7 +1,9 @@
 """Time and memory of a job under a layout, from shapes alone: good enough to say which layouts are worth compiling.
 
 A pass over the layers is a roofline of its products with the collectives that its layout asks for: gathers of weights
-run beside products, what adds up gradients or activations does not. All figures are one device's.
+run beside products, as do in part the sums of gradients, and what tensor shards and stages send does not. All figures
+are one device's. Constants below that are no sizes were set on 60 updates of GLM-4 that the TPU compiler compiled for
+v5e and v5p (`docs/layouts/`).
 """
 
 import dataclasses
@@ -27,19 +29,20 @@ TRAINED = 3 * MASTER  # bytes a weight that learns keeps
 ROWS_OF_D = 12  # arrays [B, T, D] that a layer moves through memory in a pass, about
 ROWS_OF_F = 6  # and [B, T, F]
 STAYS = 2**25  # bytes of an array that the memory on the chip holds until it is used
-SHOWN = (
-    0.75,
-    1.5,
-)  # of the memory's time beside products: where arrays stay on the chip, and where they do not
-WAITED = 0.5  # of the time of gradients that all devices add up, where products hide the rest
-SPREAD = (
-    1.5  # and of those that are added up over copies of weights too, of which nothing is hidden
-)
+# of the memory's time so much shows beside products: where arrays stay on the chip, and where they do not
+SHOWN_ON_CHIP, SHOWN = 0.75, 1.5
+# of the time of gradients' sums so much is waited for: where all devices share weights, and where some have copies
+WAITED, WAITED_FOR_COPIES = 0.5, 1.5
+SUMS, SUMS_FORWARD = (
+    3.5,
+    2,
+)  # of activations over tensor shards, a layer's forward and backward, and forward alone
 BLOCK = 512  # queries and keys that an attention kernel takes at a time
-PICKED = 12  # times that a pipeline's chunk of several layers moves through memory in a tick, if others follow it
-ADDED = 3.5  # and if a stage has one alone
+# times that the weights of a pipeline's tick move through memory: of the circular schedule, which picks a chunk of
+# layers and adds its gradients to those of the stage; and of GPipe, which picks none
+PICKED, ADDED = 12, 3.5
 PIECE_OF_LOGITS = 2**27  # bytes of logits that are there at a time
-HEADS = 1.5  # copies of the gathered matrix of the head, a part of its gradient counted
+TABLES = 1.5  # copies of the gathered matrix of logits, a part of its gradient counted
 STREAMS = 3  # copies of all rows of a pipeline: what enters, what leaves, and a gradient
 WEIGHTS_OF_STAGE = 2.5  # a pipeline's weights in bfloat16, and gradients that add up
 
@@ -91,7 +94,7 @@ def rough(
             seconds[name] += value * one.times
     rollout = 0.0
     if job == "ppo":
-        drawn = _drawing(config, generation or layout.for_generation(), workload, pod)
+        drawn = _drawing(config, (generation or layout).for_generation(), workload, pod)
         rollout = sum(drawn.values())
         for name, value in drawn.items():
             seconds[name] += value
@@ -157,13 +160,13 @@ def _pass_seconds(one: _Pass, config: Config, layout: Layout, pod: Pod) -> dict[
     seen = 2 * 2 * tokens / T * pairs * config.num_heads * config.head_dim / tensor
     again = layout.remat != "none"  # no policy keeps what attention gives
     kernels = layers * seen * (1 + (2.5 + again if one.backward else 0))
-    narrow = ROWS_OF_D * (1 + 1 / tensor) / 2  # half of them are split over tokens
+    narrow = ROWS_OF_D * (1 + 1 / layout.ways("sequence")) / 2  # half of them are split over tokens
     moved = layers * visits * tokens * COMPUTE * (narrow * D + ROWS_OF_F * config.ffn_size / tensor)
     moved += layers * visits * weights / tensor * COMPUTE * 2
     if one.backward:
         moved += 8 * MASTER * num_weights(config) / (layout.ways("embed_weight") * tensor * stages)
     at_once = tokens / layout.microbatches * D * COMPUTE
-    shown = SHOWN[at_once > STAYS]
+    shown = SHOWN if at_once > STAYS else SHOWN_ON_CHIP
     picked = _picked(config, layout) * COMPUTE if one.backward else 0.0
     products_s = products / (chip.flops * PRODUCT_SHARE)
     found = {
@@ -203,19 +206,19 @@ def _talk(
     if one.backward and whole:  # the compiler scatters nothing then
         found["gradients"] = _seconds(
             "all-reduce", own * COMPUTE, (*replicas, *storage), layout, pod
-        ) * (SPREAD if replicas else WAITED)
+        ) * (WAITED_FOR_COPIES if replicas else WAITED)
     elif one.backward:
         if storage:
             found["gradients"] += _seconds("reduce-scatter", own * COMPUTE, storage, layout, pod)
         if replicas:
             shard = own / layout.ways("embed_weight")
             found["gradients"] += _seconds("all-reduce", shard * MASTER, replicas, layout, pod)
-        found["gradients"] *= SPREAD
+        found["gradients"] *= WAITED_FOR_COPIES
     layers = config.num_layers / stages * _slots(config, layout)
     rows = one.rows * one.length / layout.ways("batch") * config.hidden_size * COMPUTE
     if tensor > 1:
         # a gather and a scattered sum are one sum for all; of those for gradients products hide a part
-        sums = (3.5 if one.backward else 2) * layers * rows
+        sums = (SUMS if one.backward else SUMS_FORWARD) * layers * rows
         found["activations"] += _seconds("all-reduce", sums, layout.axes("heads"), layout, pod)
     if stages > 1:
         passed = rows * layout.repeats * (2 if one.backward else 1) / (1 - bubble_fraction(layout))
@@ -301,12 +304,10 @@ def _working(one: _Pass, config: Config, layout: Layout) -> dict[str, float]:
     weights = layer_weights(config) / layout.ways("heads") * COMPUTE
     if (
         stages > 1
-    ):  # what enters and leaves the stages, whole stages of weights, and gradients that add up
+    ):  # what enters and leaves them, whole stages of weights, and gradients that add up
         kept += STREAMS * rows * T * D * COMPUTE
         weights *= layer_slots(config.num_layers, layout).size / stages
-        if (
-            layout.remat == "none" and layout.repeats > 1
-        ):  # every tick keeps the chunk that it picks
+        if layout.remat == "none" and layout.repeats > 1:  # every tick keeps what it picks
             kept += num_ticks(layout) * weights / layout.repeats
         weights *= WEIGHTS_OF_STAGE
     else:
@@ -315,10 +316,8 @@ def _working(one: _Pass, config: Config, layout: Layout) -> dict[str, float]:
     if one.head:
         split = layout.ways("vocab")
         logits = min(rows * T * config.vocab_size * MASTER / split, PIECE_OF_LOGITS)
-        logits += HEADS * D * config.vocab_size * COMPUTE / split
-    if stages > 1:
-        return {"activations": kept + layer, "gathered weights": weights, "logits": 0.0}
-    if layer + weights > logits:
+        logits += TABLES * D * config.vocab_size * COMPUTE / split
+    if stages > 1 or layer + weights > logits:  # a pipeline's weights are there all along
         return {"activations": kept + layer, "gathered weights": weights, "logits": 0.0}
     return {"activations": kept, "gathered weights": 0.0, "logits": logits}
 
@@ -329,10 +328,11 @@ def _kept(config: Config, layout: Layout) -> float:
     queries = config.num_heads * config.head_dim
     products = (queries + 2 * config.num_kv_groups * config.head_dim) / tensor
     wide = config.ffn_size / tensor
-    if layout.remat == "full":
-        if tensor > 1:  # and both sums over its shards
-            return 3 * D / tensor
-        return 2 * D if isinstance(config, GLMConfig) and config.sandwich_norms else D
+    if (
+        layout.remat == "full"
+    ):  # its input, the sum over heads, and of the MLP what a norm is behind
+        sandwich = isinstance(config, GLMConfig) and config.sandwich_norms
+        return (1 + (tensor > 1) + sandwich) * D / tensor
     if layout.remat == "none":
         return 2 * D + products + queries / tensor + 3 * wide
     return (2.5 if tensor == 1 else 1.5) * D + products + 2 * wide

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sharding.chips import find_pod
+from sharding.chips import CHIPS, Pod, find_pod
 from sharding.devices import device_grid, device_mesh, num_slices, places
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -102,8 +102,8 @@ def test_a_side_of_a_torus_may_be_split_among_axes() -> None:
 def test_pipe_and_tensor_lie_side_by_side(layout: Layout) -> None:
     """Or the compiler of TPUs crashes on what is gathered among both."""
     grid = device_grid(torus(16, 16, kind="TPU v5 lite"), layout.sizes)
-    places = np.array([device.coords for device in grid[:, 0, 0, :].reshape(-1)])
-    box = np.ptp(places, axis=0) + 1
+    standing = np.array([device.coords for device in grid[:, 0, 0, :].reshape(-1)])
+    box = np.ptp(standing, axis=0) + 1
     assert box.prod() == layout.pipe * layout.tensor  # no holes
 
 
@@ -119,6 +119,14 @@ def test_places_are_those_of_the_torus() -> None:
         for x, y, z in [device.coords]
     ]
     assert places(np.array(elsewhere), pod) == places(grid, pod)
+
+
+def test_of_several_slices_each_has_its_places() -> None:
+    """A program numbers the devices of one slice before those of the next, whatever crosses them in the mesh."""
+    pod = Pod(CHIPS["v4"], (2, 2, 2), slices=2)
+    grid = device_grid(slices(2, hosts_each=2), Layout(pipe=2, data=2, fsdp=4).sizes)
+    found = np.array(places(grid, pod)).reshape(2, 8)
+    assert (np.sort(found, axis=1) == np.arange(16).reshape(2, 8)).all()
 
 
 def test_places_on_hosts_of_gpus_follow_their_order() -> None:

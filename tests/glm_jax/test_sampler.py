@@ -1,6 +1,7 @@
 """Answers do not depend on where they are drawn; a policy comes back from there bit for bit."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -13,7 +14,9 @@ from glm_jax.generate import SamplingConfig
 from glm_jax.model import CausalLM, init_model
 from glm_jax.sampler import Sampler, moved_bytes
 from glm_jax.weights import named_weights
+from sharding.collectives import collectives
 from sharding.errors import UserError
+from sharding.hlo import read
 from sharding.layout import Layout, get_layout
 
 SAMPLING = SamplingConfig(max_new_tokens=5, temperature=0.9)
@@ -118,6 +121,21 @@ def test_bytes_that_move_against_a_count_by_hand(small: GLMConfig) -> None:
         w for name, w in named_weights(policy).items() if "final_norm" not in name
     ]  # which every device has
     assert ours == 4 * sum(w.nbytes // 2 for w in split)
+
+
+def test_no_device_holds_a_weight_whole_on_the_way(small: GLMConfig) -> None:
+    training, generation = Layout(fsdp=8), Layout(data=2, tensor=4)
+    with jax.set_mesh(training.mesh()):
+        sample = Sampler(small, SAMPLING, (2,), training, generation)
+        policy = _model(small, training)
+        assert sample.to_generation is not None
+        lent = sample.to_generation(policy)
+        program = jax.jit(sample.to_generation).lower(policy).compile()
+    shards = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves((policy, lent))}
+    largest = 4 * max(math.prod(shard) for shard in shards)
+    assert largest < 4 * max(x.size for x in jax.tree.leaves(policy))
+    moved = list(collectives(read(program)))
+    assert moved and all(x.num_bytes <= largest for x in moved)
 
 
 def test_both_layouts_use_the_same_devices(small: GLMConfig) -> None:

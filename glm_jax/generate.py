@@ -146,9 +146,9 @@ def generate(
 ) -> Generation:
     """Draw one answer a prompt and seed, all of the first prompt before those of the next.
 
-    A row stops at any of `stop_ids`. The layout must have no pipeline stages. An answer has its own random stream, the
-    key folded with the seed and then with the token's number, so that it does not depend on the layout or on its
-    neighbours.
+    A row stops at any of `stop_ids`. The layout must be as `Layout.for_generation` gives it. An answer has its own
+    random stream, the key folded with the seed and then with the token's number, so that it does not depend on the
+    layout or on its neighbours.
     """
     batch, samples = seeds.shape
     row = layout.spec("batch")

@@ -117,7 +117,7 @@ class Trunk(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of left-padded prompts, and a cache of them with `room` more columns.
 
-        The layout must not have pipeline stages (`Layout.for_generation`).
+        The layout must be as `Layout.for_generation` gives it: no pipeline stages, tokens not split.
         """
         places = self.places(ids, real.astype(jnp.int32))
         within, rotations = over_sequences(places.sight, layout), self.rotations(places.positions)

@@ -302,9 +302,8 @@ def _working(one: _Pass, config: Config, layout: Layout) -> dict[str, float]:
     kept = layers * rows * T * COMPUTE * _kept(config, layout)
     layer = rows / layout.microbatches * T * COMPUTE * _arrays(config, layout)
     weights = layer_weights(config) / layout.ways("heads") * COMPUTE
-    if (
-        stages > 1
-    ):  # what enters and leaves them, whole stages of weights, and gradients that add up
+    if stages > 1:
+        # what enters and leaves them, whole stages of weights, and gradients that add up
         kept += STREAMS * rows * T * D * COMPUTE
         weights *= layer_slots(config.num_layers, layout).size / stages
         if layout.remat == "none" and layout.repeats > 1:  # every tick keeps what it picks
@@ -328,9 +327,8 @@ def _kept(config: Config, layout: Layout) -> float:
     queries = config.num_heads * config.head_dim
     products = (queries + 2 * config.num_kv_groups * config.head_dim) / tensor
     wide = config.ffn_size / tensor
-    if (
-        layout.remat == "full"
-    ):  # its input, the sum over heads, and of the MLP what a norm is behind
+    if layout.remat == "full":
+        # its input, the sum over heads, and of the MLP what a norm is behind
         sandwich = isinstance(config, GLMConfig) and config.sandwich_norms
         return (1 + (tensor > 1) + sandwich) * D / tensor
     if layout.remat == "none":

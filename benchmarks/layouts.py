@@ -68,7 +68,8 @@ def main() -> int:
 
 
 def tell(done: int, count: int, one: Any) -> None:
-    print(f"  {done} of {count}: {one.candidate.name}: {one.step_s:.3f} s", flush=True)
+    said = f"{one.step_s:.3f} s" if one.fits else one.verdict.error or "does not fit"
+    print(f"  {done} of {count}: {one.candidate.name}: {said}", flush=True)
 
 
 def tasks() -> Iterator[tuple[str, Task, str]]:

@@ -77,20 +77,22 @@ def cells(one: Judged, plan: Plan) -> list[str]:
         return [*names, *numbers, f"{rough.peak_bytes / GIB:.2f}", f"{waits:.3f}", share, "", ""]
     if verdict.error is not None:
         return [*names, *[MISSING] * 6, roughly, verdict.error]
-    said = "" if verdict.fits else f"out of memory: {advice(one, plan)}"
+    if not verdict.fits:
+        memory = f"{verdict.peak_bytes / GIB:.2f}"
+        said = f"out of memory in {verdict.programs[0].name}: {advice(one, plan)}"
+        return [*names, *[MISSING] * 3, memory, *[MISSING] * 2, roughly, said]
     waits = sum(p.runs * p.exposed_s for p in verdict.programs)
     share = f"{verdict.rollout_share:.0%}" if verdict.rollout_share else MISSING
-    timed = all(p.step_s for p in verdict.programs)
     return [
         *names,
-        f"{verdict.step_s:.3f}" if timed else MISSING,
-        _rate(plan, verdict.step_s) if timed else MISSING,
-        f"{verdict.mfu(plan.pod):.1%}" if timed else MISSING,
+        f"{verdict.step_s:.3f}",
+        _rate(plan, verdict.step_s),
+        f"{verdict.mfu(plan.pod):.1%}",
         f"{verdict.peak_bytes / GIB:.2f}",
         f"{waits:.3f}",
         share,
         roughly,
-        said,
+        "",
     ]
 
 
@@ -125,15 +127,16 @@ def report(plan: Plan) -> dict[str, Any]:
 
     def row(one: Judged) -> dict[str, Any]:
         layout, generation, rough = one.candidate
+        verdict = one.verdict if one.fits else None
         return {
             "layout": spell_layout(layout),
             "remat": layout.remat,
             "generation_layout": None if generation is None else spell_layout(generation),
             "fits": one.fits,
-            "step_s": one.step_s,
+            "step_s": one.step_s if one.fits else None,
             "peak_bytes": one.peak_bytes,
-            "mfu": one.verdict.mfu(plan.pod) if one.verdict else None,
-            "rollout_share": one.verdict.rollout_share if one.verdict else None,
+            "mfu": verdict.mfu(plan.pod) if verdict else None,
+            "rollout_share": verdict.rollout_share if verdict else None,
             "rough": {"seconds": rough.seconds, "memory": rough.memory},
             "compiled": as_json(one.verdict) if one.verdict else None,
         }

@@ -46,8 +46,10 @@ class Judged(NamedTuple):
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step."""
-        return self.candidate.rough.step_s if self.verdict is None else self.verdict.step_s
+        """Seconds of a step; roughly, where it does not fit: not all of its programs were compiled."""
+        if self.verdict is None or not self.verdict.fits:
+            return self.candidate.rough.step_s
+        return self.verdict.step_s
 
     @property
     def peak_bytes(self) -> int:

@@ -24,7 +24,7 @@ def draw_times(plan: Plan) -> Picture:
 
 
 def draw_scatter(plan: Plan) -> Picture:
-    """Memory against time; what does not fit is pale."""
+    """Memory against time; what does not fit is pale, and its time is the rough one."""
     title = "Memory against time"
     figure, axes = blank(title, "seconds a step", "GiB a device")
     for one in plan.judged:
@@ -72,7 +72,7 @@ def _memory(one: Judged) -> dict[str, float]:
 
 
 def _times(one: Judged) -> dict[str, float]:
-    if one.verdict is None or not one.verdict.programs:
+    if one.verdict is None or not one.verdict.fits:
         return dict(one.candidate.rough.seconds)
     kinds = {
         "products": "products_s",

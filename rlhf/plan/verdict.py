@@ -56,7 +56,7 @@ class ProgramVerdict:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """All programs of a candidate, or why they could not be compiled."""
+    """All programs of a candidate, those from one that does not fit, or why they could not be compiled."""
 
     programs: tuple[ProgramVerdict, ...]
     residents: Mapping[str, int]  # role -> bytes

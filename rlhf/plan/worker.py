@@ -24,17 +24,22 @@ from sharding.schedule import estimate
 
 
 def verdict(request: Request, cache: Cache) -> Verdict:
-    """Compile every program of the request; what the cache has is not compiled again."""
+    """Compile the programs of the request, down to the first that does not fit: it decides, and they take minutes.
+
+    What the cache has is not compiled again.
+    """
     devices = described_devices(request.pod)
     with jax.set_mesh(request.layout.mesh(devices)):
         held = residents(request.job, request.config, request.layout)
         listed = programs(
             request.job, request.config, request.layout, request.workload, request.generation
         )
-    found = []
-    for program in listed:
+    found: list[ProgramVerdict] = []
+    for program in reversed(listed):  # the updates, which need most, are the last of a step
         entry = cache.compiled(program.lower(), program.mesh, request.pod)
-        found.append(_judged(program, entry, held, request))
+        found.insert(0, _judged(program, entry, held, request))
+        if not found[0].fits:
+            break
     return Verdict(tuple(found), held)
 
 

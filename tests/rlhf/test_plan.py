@@ -6,21 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from jax.sharding import Mesh
 
 from glm_jax.config import PRESETS, GLMConfig
 from rlhf.cli import main
 from rlhf.plan import plan as planning
+from rlhf.plan import worker
+from rlhf.plan.cache import Cache, Entry
 from rlhf.plan.candidates import find, layouts
 from rlhf.plan.page import cells, plan_table, report, write_page
 from rlhf.plan.plan import Plan, Task, plan, smallest
 from rlhf.plan.recipe import write_recipe
 from rlhf.plan.rough import layer_weights, num_weights, rough
 from rlhf.plan.verdict import ProgramVerdict, Request, Verdict, as_json, ask, from_json
-from rlhf.programs import Workload
+from rlhf.programs import Workload, programs
 from rlhf.recipe import Recipe, check
 from rlhf.recipe_file import load_recipe
-from sharding.chips import GIB, find_pod
+from sharding.chips import GIB, Pod, find_pod
 from sharding.errors import UserError
 from sharding.layout import parse_layout, spell_layout
 from sharding.pipeline import layer_slots, num_ticks
@@ -140,9 +144,12 @@ def test_the_compiler_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.best is not None and found.best.verdict == fast
     rows = [cells(one, found) for one in found.judged]
     assert rows[0][3:8] == ["1.250", f"{512 * 2048 / 1.25:,.0f}", "15.9%", "3.00", "0.250"]
-    assert rows[2][-1].startswith("out of memory: 4.25 GiB too much; try")
+    assert rows[2][-1].startswith("out of memory in update: 4.25 GiB too much; try")
     assert "start in the host's memory" in rows[2][-1]
+    assert rows[2][3:8] == ["–", "–", "–", "20.00", "–"]
     assert rows[3][-1] == "the compiler failed: Aborted"
+    assert [row["step_s"] for row in report(found)["layouts"]] == [1.25, 2.0, None, None]
+    assert found.judged[2].step_s == found.judged[2].candidate.rough.step_s
 
 
 def test_a_step_of_ppo_is_the_sum_of_its_programs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +211,37 @@ def test_the_recipe_of_a_plan_is_accepted(job: str, tmp_path: Path) -> None:
     if best.generation is not None:
         assert generation.sizes == best.generation.sizes
     assert recipe.model.compute_dtype == "bfloat16"
+
+
+class Told(Cache):
+    """A cache in whose place the test says what a program needs, the first asked about first."""
+
+    def __init__(self, *entries: Entry) -> None:
+        self.entries = list(entries)
+
+    def compiled(self, lowered: jax.stages.Lowered, mesh: Mesh, pod: Pod) -> Entry:
+        return self.entries.pop(0)
+
+
+def test_the_first_program_that_does_not_fit_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates are asked about first; of what is beside a program its size counts too."""
+    monkeypatch.setattr(worker, "described_devices", lambda pod: jax.devices())
+    config = GLMConfig(512, 128, 2, 4, 2, 32, 256)
+    layout, pod = parse_layout("1x1x8x1"), find_pod("v5e:2x4")
+    request = Request("ppo", config, layout, None, Workload(16, 64, 64), pod)
+    text = "HloModule small\n\nENTRY main (x: f32[]) -> f32[] {\n  ROOT x = f32[] parameter(0)\n}\n"
+    small = Entry(GIB, text)
+    with jax.set_mesh(layout.mesh(jax.devices())):
+        names = [program.name for program in programs("ppo", config, layout, request.workload)]
+    cache = Told(small, Entry(pod.chip.memory_bytes, small.text), small)
+    found = worker.verdict(request, cache)
+    assert [program.name for program in found.programs] == names[-2:]
+    assert [program.fits for program in found.programs] == [False, True]
+    assert not found.fits and len(cache.entries) == 1
+    found = worker.verdict(request, Told(Entry(20 * GIB, None)))
+    assert [(program.name, program.fits) for program in found.programs] == [(names[-1], False)]
+    found = worker.verdict(request, Told(*[small] * len(names)))
+    assert found.fits and [program.name for program in found.programs] == names
 
 
 @pytest.mark.skipif(

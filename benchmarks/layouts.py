@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +81,28 @@ def tasks() -> Iterator[tuple[str, Task, str]]:
 
 
 def section(task: Task, pod: str, found: Mapping[str, Any]) -> Iterator[str]:
-    work, rows = task.workload, found["layouts"]
+    work, rows, samples = task.workload, found["layouts"], task.job == "ppo"
     yield f"\n## {task.job} of {task.model} on {pod}\n"
     yield f"{work.batch} x ({work.prompt_length} + {work.response_length}) tokens a step.\n"
-    yield "| layout | remat | samples in | step s | MFU | GiB | rollout | roughly s | roughly GiB |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    heads = ["layout", "remat", "step s", "MFU", "GiB", "roughly s", "roughly GiB"]
+    heads += ["samples in", "rollout"] if samples else []
+    yield _row(heads)
+    yield _row(["---"] * len(heads))
     for row in rows:
-        rough, failed = row["rough"], row["compiled"]["error"] is not None
-        said = f"{row['step_s']:.3f} | {row['mfu']:.1%}" if row["fits"] else "does not fit |"
-        yield (
-            f"| {row['layout']} | {row['remat']} | {row['generation_layout'] or ''} | "
-            + (
-                "the compiler fails | | |"
-                if failed
-                else f"{said} | {row['peak_bytes'] / GIB:.2f} |"
+        seconds, memory = (sum(row["rough"][kind].values()) for kind in ("seconds", "memory"))
+        if row["compiled"]["error"] is not None:
+            said = ["the compiler fails", "", ""]
+        else:
+            time = (
+                [f"{row['step_s']:.3f}", f"{row['mfu']:.1%}"]
+                if row["fits"]
+                else ["does not fit", ""]
             )
-            + f" {row['rollout_share'] or 0:.0%} | {sum(rough['seconds'].values()):.3f} | "
-            f"{sum(rough['memory'].values()) / GIB:.2f} |"
+            said = [*time, f"{row['peak_bytes'] / GIB:.2f}"]
+        share = f"{row['rollout_share']:.0%}" if row["fits"] else ""
+        yield _row(
+            [row["layout"], row["remat"], *said, f"{seconds:.3f}", f"{memory / GIB:.2f}"]
+            + ([row["generation_layout"], share] if samples else [])
         )
     steps = [sum(row["rough"]["seconds"].values()) for row in rows]
     if rows and rows[0]["fits"]:
@@ -111,6 +116,10 @@ def section(task: Task, pod: str, found: Mapping[str, Any]) -> Iterator[str]:
         f"The smallest pod that fits it: {least['pod']}, with {first['layout']}, remat {first['remat']}: "
         f"{first['peak_bytes'] / GIB:.2f} GiB a device."
     )
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -33,10 +33,8 @@ STAYS = 2**25  # bytes of an array that the memory on the chip holds until it is
 SHOWN_ON_CHIP, SHOWN = 0.75, 1.5
 # of the time of gradients' sums so much is waited for: where all devices share weights, and where some have copies
 WAITED, WAITED_FOR_COPIES = 0.5, 1.5
-SUMS, SUMS_FORWARD = (
-    3.5,
-    2,
-)  # of activations over tensor shards, a layer's forward and backward, and forward alone
+# sums of activations over tensor shards, of a layer forward and backward, and forward alone
+SUMS, SUMS_FORWARD = 3.5, 2
 BLOCK = 512  # queries and keys that an attention kernel takes at a time
 # times that the weights of a pipeline's tick move through memory: of the circular schedule, which picks a chunk of
 # layers and adds its gradients to those of the stage; and of GPipe, which picks none

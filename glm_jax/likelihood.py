@@ -36,11 +36,12 @@ def hidden_logprobs(
 
 
 def num_parts(model: CausalLM, num_tokens: int, layout: Layout) -> int:
-    """Into how many equal parts the vocabulary is cut: as few as do, if it can be cut into as many."""
+    """Into how many equal parts the vocabulary is cut: as few as do and divide it, but at most twice as few as do."""
     columns = _vocabulary(model) // layout.ways("vocab")
     logits = num_tokens // layout.ways("batch") * columns
-    fits = (n for n in range(1, columns + 1) if columns % n == 0 and logits <= n * LOGITS_AT_ONCE)
-    return next(fits, 1)
+    few = min(-(-logits // LOGITS_AT_ONCE), columns)
+    # that of ChatGLM-6B is 32 times a prime
+    return next((n for n in range(few, min(2 * few, columns) + 1) if columns % n == 0), few)
 
 
 def _in_parts(
@@ -69,25 +70,31 @@ def _in_parts(
         hit = following[:, None] == numbers
         return jax.nn.logsumexp(logits, axis=-1), jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
 
-    parts = _cut(table.astype(compute), count, layout), _cut(numbers, count, layout)
+    # what fills a part is no token's number
+    parts = _cut(table.astype(compute), count, layout), _cut(numbers, count, layout, fill=size)
     totals, chosen = jax.lax.map(lambda now: part(rows, *now), parts)
     logp = jnp.sum(chosen, axis=0) - jax.nn.logsumexp(totals, axis=0)
     return jnp.reshape(logp, ids.shape, out_sharding=layout.spec("batch", "time"))
 
 
-def _cut(x: jax.Array, count: int, layout: Layout) -> jax.Array:
-    """[V, ...] -> [count, V / count, ...], each part split over "vocab" as V is: what a device has of it, it had."""
-    ways = layout.ways("vocab")
+def _cut(x: jax.Array, count: int, layout: Layout, fill: int = 0) -> jax.Array:
+    """[V, ...] -> [count, V / count, ...], each part split over "vocab" as V is: what a device has of it, it had.
+
+    Where `count` does not divide what a device has, the last part ends in `fill`.
+    """
+    ways, tail = layout.ways("vocab"), x.shape[1:]
     rest = jax.typeof(x).sharding.spec[1:]
-    shape = (ways, count, len(x) // (ways * count), *x.shape[1:])
-    split = (*layout.spec("vocab"), None, None, *rest)
-    cut = jnp.reshape(x, shape, out_sharding=jax.sharding.PartitionSpec(*split))
-    merged = (None, *layout.spec("vocab"), *rest)
-    return jnp.reshape(
-        jnp.swapaxes(cut, 0, 1),
-        (count, len(x) // count, *x.shape[1:]),
-        out_sharding=jax.sharding.PartitionSpec(*merged),
-    )
+    own = len(x) // ways
+    columns = -(-own // count)
+    if own % count:
+        split = jax.sharding.PartitionSpec(*layout.spec("vocab"), None, *rest)
+        x = jnp.reshape(x, (ways, own, *tail), out_sharding=split)
+        missing = (0, count * columns - own)
+        x = jnp.pad(x, ((0, 0), missing, *[(0, 0)] * len(tail)), constant_values=fill)
+    split = jax.sharding.PartitionSpec(*layout.spec("vocab"), None, None, *rest)
+    cut = jnp.reshape(x, (ways, count, columns, *tail), out_sharding=split)
+    merged = jax.sharding.PartitionSpec(None, *layout.spec("vocab"), *rest)
+    return jnp.reshape(jnp.swapaxes(cut, 0, 1), (count, ways * columns, *tail), out_sharding=merged)
 
 
 def _vocabulary(model: CausalLM) -> int:

@@ -38,7 +38,13 @@ def _model(vocab_size: int, tied: bool, layout: Layout) -> CausalLM:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     ("name", "vocab_size", "parts"),
-    [("single", 66, 3), ("fsdp_tp", 63, 4), ("pp_dp_tp", 61, 4)],
+    [
+        ("single", 66, 3),
+        ("fsdp_tp", 63, 4),
+        ("pp_dp_tp", 61, 4),
+        ("single", 61, 4),  # which divides no prime
+        ("fsdp_tp", 122, 4),
+    ],
 )
 def test_logprobs_in_parts_and_their_gradient_are_those_of_whole_logits(
     name: str, vocab_size: int, parts: int, tied: bool, monkeypatch: pytest.MonkeyPatch

@@ -62,7 +62,7 @@ def over_sequences(sight: Sight, layout: Layout) -> Attend:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         fits = q.dtype.itemsize == 2 and q.shape[-1] in range(8, 129, 8)
         if platform == "cuda" and fits and layout.ways("stage") == 1:
-            return cudnn_attention(q, k, v, mask, layout)
+            return cudnn_attention(q, k, v, mask, layout, causal=sight.reach is None)
         return attention(q, k, v, mask, layout)
 
     return attend
@@ -139,15 +139,21 @@ def cudnn_attention(
     v_BTKH: Float[Array, "B T K H"],
     mask_BTT: Bool[Array, "B T T"],
     layout: Layout,
+    causal: bool,
 ) -> Float[Array, "B T N H"]:
-    """`attention` as cuDNN's fused kernel, every device on its rows and heads; lengths are made a multiple of 8."""
+    """`attention` as cuDNN's fused kernel, every device on its rows and heads; lengths are made a multiple of 8.
+
+    Of a `causal` mask the kernel leaves out what comes after the queries.
+    """
     length = q_BTNH.shape[1]
     inputs = (q_BTNH, *_own_groups(q_BTNH.shape[2], k_BTKH, v_BTKH, layout), mask_BTT)
     q, k, v, mask = _lengthened(inputs, 8)
     mask = jnp.pad(mask, [(0, 0), (0, 0), (0, q.shape[1] - length)])
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask[:, None], is_causal=causal, implementation="cudnn"
+        )
 
     return _on_every_device(attend, (q, k, v, mask), layout)[:, :length]
 

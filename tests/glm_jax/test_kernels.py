@@ -154,12 +154,14 @@ def test_the_compiler_is_given_the_kernel_of_tpus(small: GLMConfig) -> None:
     assert "tpu_custom_call" in _traced(mesh, layout, small, 40).lower().as_text()
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.usefixtures("cudnn")
 def test_the_compiler_is_given_the_kernel_of_gpus(
-    small: GLMConfig, monkeypatch: pytest.MonkeyPatch
+    version: int, small: GLMConfig, small_v1: GLMV1Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of ChatGLM-6B, whose contexts see all of themselves, the mask alone says what is seen."""
     layout = get_layout("fsdp_tp", 8)
-    config = dataclasses.replace(small, compute_dtype="bfloat16")
+    config = dataclasses.replace(small_v1 if version == 1 else small, compute_dtype="bfloat16")
     # lowering it needs devices, whichever they are
     monkeypatch.setattr("glm_jax.attention.mesh_platform", lambda: "cuda")
     with jax.set_mesh(layout.mesh()):
@@ -170,3 +172,4 @@ def test_the_compiler_is_given_the_kernel_of_gpus(
     assert (
         "tensor<2x1x40x40xbf16>" in call
     )  # one mask for all heads, of a length that has room for 8
+    assert ("CAUSAL" in call) == (version == 2)

@@ -128,11 +128,15 @@ def _loads(pairs: Groups, pod: Pod) -> tuple[int, int, frozenset[Link]]:
     """Messages on the busiest link, hops of the longest way, and links, where every pair goes the shortest way."""
     loads: Counter[tuple[Link, tuple[int, ...]]] = Counter()
     longest = 0
-    ends = np.array(pairs)
+    ends = np.array(pairs, int).reshape(-1, 2)  # compilers of GPUs leave permutes of no pair
     sources, targets = _places(ends[:, 0], pod), _places(ends[:, 1], pod)
-    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+    for device, source, target in zip(
+        ends[:, 0].tolist(), sources.tolist(), targets.tolist(), strict=True
+    ):
         if source[0] != target[0] or not pod.chip.dims:
-            loads[(-1 if source[0] != target[0] else 0, 0), tuple(source)] += 1
+            # a GPU has a way to the switch and a network card of its own
+            own = tuple(source) if pod.chip.dims else (device,)
+            loads[(-1 if source[0] != target[0] else 0, 0), own] += 1
             continue
         at, hops = source[1:], 0
         for dim, side in enumerate(pod.sides):

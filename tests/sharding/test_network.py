@@ -106,3 +106,9 @@ def test_gpus_talk_through_a_switch_and_the_cards_of_their_host() -> None:
     assert whole.seconds == pytest.approx(1024 * MIB * 7 / 8 / 8 / 50e9, rel=1e-2)
     one_of_each = transfer(collective("all-gather", rows(np.arange(64).reshape(8, 8).T)), pod)
     assert one_of_each.seconds == pytest.approx(1024 * MIB * 7 / 8 / 50e9, rel=1e-2)
+    # all at once, each on a way of its own
+    inside = transfer(collective("collective-permute", tuple((i, i ^ 1) for i in range(64))), pod)
+    assert inside.seconds == pytest.approx(1024 * MIB / 450e9, rel=1e-2)
+    across = transfer(collective("collective-permute", tuple((i, i ^ 8) for i in range(64))), pod)
+    assert across.seconds == pytest.approx(1024 * MIB / 50e9, rel=1e-2)
+    assert transfer(collective("collective-permute", ()), pod).seconds <= HOP_SECONDS

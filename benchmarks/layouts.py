@@ -18,8 +18,8 @@ from glm_jax.config import PRESETS
 from rlhf.plan.page import report
 from rlhf.plan.plan import Task, plan, smallest
 from rlhf.programs import Workload
-from sharding.chips import GIB, find_pod
-from sharding.described import compiler_version
+from sharding.chips import CHIPS, GIB, find_pod
+from sharding.described import compiler_version, no_compiler
 from sharding.disk.directory import write_json
 from sharding.errors import UserError
 
@@ -44,8 +44,8 @@ def main() -> int:
     parser.add_argument("--top", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
-    if compiler_version() is None:
-        raise UserError("no compiler for TPUs here: pip install glm-jax[plan]")
+    if compiler_version(CHIPS["v5e"]) is None:
+        raise UserError(no_compiler(CHIPS["v5e"]))
     for name, task, pod in tasks():
         if args.only not in name:
             continue
@@ -58,7 +58,7 @@ def main() -> int:
         write_json(
             DOCS / "layouts" / f"{name}.json", {**report(found), "smallest": report(leanest)}
         )
-    sections = [INTRO.format(version=compiler_version())]
+    sections = [INTRO.format(version=compiler_version(CHIPS["v5e"]))]
     for name, task, pod in tasks():
         path = DOCS / "layouts" / f"{name}.json"
         if path.exists():

@@ -72,9 +72,9 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
     ) -> Job:
         """Find the best layouts of a job on a pod that nobody has here, or the smallest pod that fits it.
 
-        Every layout is counted roughly; the best are compiled by the real TPU compiler, which says what memory they
-        take, and their schedules are walked against the limits of the chip. Programs are compiled once: the next plan
-        reads them. Interrupted, those that were compiled are kept.
+        Every layout is counted roughly; the best are compiled by the real compiler, of TPUs or of GPUs, which says what
+        memory they take, and their schedules are walked against the limits of the chip. Programs are compiled once:
+        the next plan reads them. Interrupted, those that were compiled are kept.
 
         Args:
             model: A preset, or the directory of a model.
@@ -126,7 +126,7 @@ def _plan(
     from rlhf.plan.recipe import write_recipe
     from rlhf.programs import Workload
     from sharding.chips import find_pod
-    from sharding.described import compiler_version
+    from sharding.described import compiler_version, no_compiler
     from sharding.disk.directory import write_json
 
     # a table's columns do not become narrower for a file
@@ -137,9 +137,9 @@ def _plan(
     for name, number in (("--top", asked.top), ("--jobs", workers)):
         if number < 1:
             raise UserError(f"{name} {number}: give a positive number")
-    if cache is not None and (compiler_version() is None or not pod.chip.dims):
-        why = "no compiler for TPUs here (pip install glm-jax[plan])" if pod.chip.dims else "GPUs"
-        console.print(f"{why}: layouts are counted from shapes alone", markup=False)
+    if cache is not None and compiler_version(pod.chip) is None:
+        why = f"{no_compiler(pod.chip)}: layouts are counted from shapes alone"
+        console.print(why, markup=False)
         cache = None
     with _progress(console) as heard:
         if asked.objective == "smallest":

@@ -1,8 +1,9 @@
-"""Compile programs for pods that nobody has here: the compiler of TPUs runs without one.
+"""Compile programs for pods that nobody has here: the compilers of TPUs and of NVIDIA's GPUs run without one.
 
 JAX must not have started when `ENVIRONMENT` is set, so what compiles does so in a process of its own.
 """
 
+import contextlib
 import importlib.metadata
 import re
 from collections.abc import Mapping
@@ -10,12 +11,14 @@ from typing import Any
 
 import jax
 
-from sharding.chips import GIB, Pod
+from sharding.chips import GIB, Chip, Pod
 from sharding.errors import UserError
+from sharding.gpus import target
 
 # libtpu looks for its machine's metadata, asks for a TPU and a lock, and writes logs, unless it is told
 ENVIRONMENT: Mapping[str, str] = {
     "JAX_PLATFORMS": "cpu",
+    "CUDA_VISIBLE_DEVICES": "-1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -26,6 +29,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 
+CUDAS = ("cuda13", "cuda12")
 _NEEDED = re.compile(r"\(?([\d.]+)([KMGT]?)\)? exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
@@ -42,33 +46,50 @@ class OutOfMemory(UserError):
         self.available = available
 
 
-def compiler_version() -> str | None:
-    """That of libtpu; None where it is not installed."""
-    try:
-        return importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def compiler_version(chip: Chip) -> str | None:
+    """That of libtpu, or of JAX's plugin for CUDA after CUDA's own; None where it is not installed."""
+    packages = {"libtpu": ""} if chip.dims else {f"jax-{x}-plugin": f"{x} " for x in CUDAS}
+    for package, cuda in packages.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return cuda + importlib.metadata.version(package)
+    return None
+
+
+def no_compiler(chip: Chip) -> str:
+    """What to tell where there is none for such devices."""
+    kind, extra = ("TPUs", "plan") if chip.dims else ("GPUs", "cuda")
+    return f"no compiler for {kind} here (pip install glm-jax[{extra}])"
 
 
 def described_devices(pod: Pod) -> list[jax.Device]:
-    """The devices of a pod of TPUs, to lay a mesh over. Raises UserError without a compiler for them."""
+    """The devices of a pod, to lay a mesh over. Raises UserError without a compiler for them."""
     from jax.experimental import topologies
 
-    if not pod.chip.dims:
-        raise UserError(f"{pod.name}: only programs for TPUs can be compiled without one")
-    if compiler_version() is None:
-        raise UserError('no compiler for TPUs here: pip install "glm-jax[plan]"')
-    options: dict[str, Any] = {"num_slices": pod.slices} if pod.slices > 1 else {}
-    if pod.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # one device a chip
-    name = f"{pod.chip.name}:{'x'.join(str(side) for side in pod.sides)}"
+    if compiler_version(pod.chip) is None:
+        raise UserError(no_compiler(pod.chip))
+    platform, options = _tpus(pod) if pod.chip.dims else _gpus(pod)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except Exception as error:  # whatever libtpu says
+        found = topologies.get_topology_desc(platform=platform, **options)
+    except Exception as error:  # whatever the compiler says
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{pod.name}: the compiler refuses it: {reason}") from error
     devices: list[jax.Device] = list(found.devices)
     return devices
+
+
+def _tpus(pod: Pod) -> tuple[str, dict[str, Any]]:
+    name = f"{pod.chip.name}:{'x'.join(str(side) for side in pod.sides)}"
+    options: dict[str, Any] = {"topology_name": name}
+    if pod.slices > 1:
+        options["num_slices"] = pod.slices
+    if pod.chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # one device a chip
+    return "tpu", options
+
+
+def _gpus(pod: Pod) -> tuple[str, dict[str, Any]]:
+    hosts, devices = pod.sides
+    return "cuda", {"topology": f"1x{hosts}x{devices}", "target_config": target(pod.chip)}
 
 
 def compile_for_pod(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

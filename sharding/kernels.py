@@ -37,11 +37,14 @@ def kernel(x: Instruction) -> str | None:
 
 
 def kernel_flops(computation: Computation, x: Instruction) -> int:
-    """Of a Pallas kernel: what its author says (`pl.CostEstimate`); of JAX's attention from its shapes; else 0.
+    """Of a Pallas kernel: what its author says (`pl.CostEstimate`); of attention from its shapes; else 0.
 
-    Attention is taken to be causal: the text does not tell, and language models are trained so.
+    JAX's attention for TPUs is taken to be causal: the text does not tell, and language models are trained so.
     """
-    if kernel(x) != "tpu_custom_call":
+    target = kernel(x) or ""
+    if target.startswith("__cudnn$fmha"):
+        return _cudnn(computation, x)
+    if target != "tpu_custom_call":
         return 0
     said = _SAID.search(x.attributes)
     if said:
@@ -49,6 +52,16 @@ def kernel_flops(computation: Computation, x: Instruction) -> int:
     names = f"{x.name} {x.attribute('metadata')}"
     products = next((count for pattern, count in _ATTENTION if pattern.search(names)), 0)
     return _attention(computation, x, products)
+
+
+def _cudnn(computation: Computation, x: Instruction) -> int:
+    """Of queries [B, T, N, H] and keys [B, S, K, H]; a mask that is added leaves nothing out."""
+    (rows, length, heads, width), (_, keys, _, _) = (
+        computation[name].arrays[0].dims for name in x.operands[:2]
+    )
+    products = _FUSED_BACKWARD if "Backward" in (kernel(x) or "") else 2
+    whole = products * 2 * rows * heads * length * keys * width
+    return whole // 2 if "CAUSAL" in x.attributes else whole
 
 
 def _attention(computation: Computation, x: Instruction, products: int) -> int:

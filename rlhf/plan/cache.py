@@ -54,7 +54,14 @@ def _key(lowered: jax.stages.Lowered, mesh: Mesh, pod: Pod) -> str:
     # the text has neither the options of programs that train nor which device stands where
     options = sorted({**WHOLE_PRODUCTS, **REDUCE_MEANWHILE}.items())
     order = [device.id for device in mesh.devices.flat]
-    parts = (lowered.as_text(), order, compiler_version(), jax.__version__, pod.name, options)
+    parts = (
+        lowered.as_text(),
+        order,
+        compiler_version(pod.chip),
+        jax.__version__,
+        pod.name,
+        options,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

@@ -31,7 +31,7 @@ HEADS = (
     "Roughly",
     "",
 )
-COMPILED = "Memory and schedule are the TPU compiler's; seconds, a walk of the schedule against the chip's limits."
+COMPILED = "Memory and schedule are the compiler's; seconds, a walk of the schedule against the chip's limits."
 ROUGH = "Counted from shapes alone: no compiler was asked."
 
 

@@ -24,7 +24,9 @@ from rlhf.plan.verdict import ProgramVerdict, Request, Verdict, as_json, ask, fr
 from rlhf.programs import Workload, programs
 from rlhf.recipe import Recipe, check
 from rlhf.recipe_file import load_recipe
+from sharding import described
 from sharding.chips import GIB, Pod, find_pod
+from sharding.described import compiler_version, no_compiler
 from sharding.errors import UserError
 from sharding.layout import parse_layout, spell_layout
 from sharding.pipeline import layer_slots, num_ticks
@@ -244,17 +246,18 @@ def test_the_first_program_that_does_not_fit_decides(monkeypatch: pytest.MonkeyP
     assert found.fits and [program.name for program in found.programs] == names
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed"
-)
-def test_the_compiler_is_asked_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["v5e:2x2", "h100:16"])
+def test_the_compiler_is_asked_once(name: str, tmp_path: Path) -> None:
+    pod = find_pod(name)
+    if compiler_version(pod.chip) is None:
+        pytest.skip(no_compiler(pod.chip))
     config = GLMConfig(512, 128, 2, 4, 2, 32, 256, compute_dtype="bfloat16")
     task = Task("sft", "small", config, Workload(16, 64, 64))
-    first = plan(task, find_pod("v5e:2x2"), tmp_path, 1)
+    first = plan(task, pod, tmp_path, 1)
     verdict = first.judged[0].verdict
     assert verdict is not None and verdict.error is None and verdict.fits
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.gz")}
-    again = plan(task, find_pod("v5e:2x2"), tmp_path, 1)
+    again = plan(task, pod, tmp_path, 1)
     assert again.judged == first.judged
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.gz")}
 
@@ -284,6 +287,18 @@ def test_what_cannot_be_planned_is_one_clear_line(
     error = capsys.readouterr().err.strip()
     assert error.startswith("glm-jax: error:") and error.count("\n") == 0
     assert line in error
+
+
+@pytest.mark.parametrize(("pod", "extra"), [("v5e:4x4", "plan"), ("h100:8", "cuda")])
+def test_without_a_compiler_the_plan_says_so(
+    pod: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(described, "compiler_version", lambda chip: None)
+    assert main(["plan", "--model", "chatglm3-6b", "--pod", pod, "--batch", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert f"(pip install glm-jax[{extra}]): layouts are counted from shapes alone" in printed
+    with pytest.raises(UserError, match="no compiler for"):
+        described.described_devices(find_pod(pod))
 
 
 def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

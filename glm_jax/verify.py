@@ -11,10 +11,12 @@ import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.checkpoint import load_model, open_source
@@ -105,13 +107,10 @@ def _verify_case(
             tail = golden["native_logits_tail"]
             yield _rounding("native logits", _tail(native, ids, tail, layout), tail, exact)
     elif case == "native":
-        real = _real(golden)
-        logits, _ = _forward(native, golden, layout)
+        real, logits = _real(golden), _logits(native, golden, layout)
         yield _rounding("logits", logits[real], golden["logits"][real], golden["exact"][real])
     else:
-        yield from _logits(model, golden, layout)
-        if "loss" in golden:
-            yield from _loss(directory, source, model, case, golden, layout)
+        yield from _sequences(directory, source, model, case, golden, layout)
 
 
 def _check(quantity: str, ours: np.ndarray, reference: np.ndarray, tolerance: float) -> Check:
@@ -164,27 +163,68 @@ def _put(layout: Layout, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
     return put
 
 
-def _forward(model: CausalLM, golden: Golden, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [B, T, V] and log-probabilities of the tokens [B, T]."""
+class _Outputs(NamedTuple):
+    """Of all rows that were put on the mesh."""
+
+    logits: Float[Array, "B T V"]
+    logp: Float[Array, "B T"]  # of the tokens
+    loss: Float[Array, ""]  # mean cross entropy
+
+
+# Cases of one shape share a program: they pass their arrays, not closures over them.
+@partial(jax.jit, static_argnames="layout")
+def _outputs(model: CausalLM, batch: Sequences, layout: Layout) -> _Outputs:
+    logits = apply_model(model, batch.ids, batch.valid, layout)
+    logp = token_logprobs(logits, batch.ids)
+    return _Outputs(logits, logp, cross_entropy(logp, batch.target))
+
+
+@partial(jax.jit, static_argnames="layout")
+def _gradients(model: CausalLM, batch: Sequences, layout: Layout) -> tuple[CausalLM, _Outputs]:
+    def loss(model: CausalLM) -> tuple[jax.Array, _Outputs]:
+        outputs = _outputs(model, batch, layout)
+        return outputs.loss, outputs
+
+    found: tuple[CausalLM, _Outputs] = jax.grad(loss, has_aux=True)(model)
+    return found
+
+
+def _batch(golden: Golden, layout: Layout) -> Sequences:
+    """Its rows on the mesh; of those that fill it up no token counts."""
     real = _real(golden)
-    ids, valid = _put(layout, golden["input_ids"].astype(np.int32), real)
-
-    @jax.jit
-    def forward(model: CausalLM) -> tuple[jax.Array, jax.Array]:
-        logits = apply_model(model, ids, valid, layout)
-        return logits, token_logprobs(logits, ids)
-
-    logits, logp = (np.asarray(x)[: len(real)] for x in forward(model))
-    return logits, logp
+    target = golden["labels"] != -100 if "labels" in golden else real.copy()
+    target[:, 0] = False
+    ids, valid, counted = _put(layout, golden["input_ids"].astype(np.int32), real, target)
+    return Sequences(ids, valid, counted & (jnp.arange(len(ids)) < len(real))[:, None])
 
 
-def _logits(model: CausalLM, golden: Golden, layout: Layout) -> Iterator[Check]:
-    real, (logits, logp) = _real(golden), _forward(model, golden, layout)
+def _logits(model: CausalLM, golden: Golden, layout: Layout) -> np.ndarray:
+    """[B, T, V]."""
+    outputs = _outputs(model, _batch(golden, layout), layout)
+    return np.asarray(outputs.logits)[: len(golden["input_ids"])]
+
+
+def _sequences(
+    directory: Path, source: Source, model: CausalLM, case: str, golden: Golden, layout: Layout
+) -> Iterator[Check]:
+    """Whole sequences: logits, log-probabilities, loss, and its gradients where the case has them."""
+    batch, gradients = _batch(golden, layout), None
+    if "grad_norm" in golden:
+        gradients, outputs = _gradients(model, batch, layout)
+    else:
+        outputs = _outputs(model, batch, layout)
+    real = _real(golden)
+    logits, logp = (np.asarray(x)[: len(real)] for x in (outputs.logits, outputs.logp))
     yield _check("logits", logits[real], golden["logits"][real], EXACT)
     if "token_logprobs" in golden:
         both = real[:, 1:] & real[:, :-1]
         reference = golden["token_logprobs"][both]
         yield _check("token log-probabilities", logp[:, 1:][both], reference, EXACT)
+    if "loss" in golden:
+        yield _check("loss", np.asarray(outputs.loss), golden["loss"], EXACT)
+    if gradients is not None:
+        ours = to_tensors(source, host_weights(gradients, layout))
+        yield from _norms(directory, ours, case, golden)
 
 
 def _tail(model: CausalLM, ids: np.ndarray, like: np.ndarray, layout: Layout) -> np.ndarray:
@@ -195,27 +235,10 @@ def _tail(model: CausalLM, ids: np.ndarray, like: np.ndarray, layout: Layout) ->
     return logits[: len(ids), -like.shape[1] :]
 
 
-def _loss(
-    directory: Path, source: Source, model: CausalLM, case: str, golden: Golden, layout: Layout
+def _norms(
+    directory: Path, ours: Mapping[str, np.ndarray], case: str, golden: Golden
 ) -> Iterator[Check]:
-    """Mean cross entropy, and its gradients where the case has them."""
-    target = golden["labels"] != -100
-    target[:, 0] = False
-    rows = len(target)
-    ids, valid, counted = _put(layout, golden["input_ids"].astype(np.int32), _real(golden), target)
-    batch = Sequences(ids, valid, counted & (jnp.arange(len(ids)) < rows)[:, None])
-
-    def loss(model: CausalLM) -> jax.Array:
-        logits = apply_model(model, batch.ids, batch.valid, layout)
-        return cross_entropy(token_logprobs(logits, batch.ids), batch.target)
-
-    if "grad_norm" not in golden:
-        value = np.asarray(jax.jit(loss)(model))
-        yield _check("loss", value, golden["loss"], EXACT)
-        return
-    value, gradients = jax.jit(jax.value_and_grad(loss))(model)
-    yield _check("loss", np.asarray(value), golden["loss"], EXACT)
-    ours = to_tensors(source, host_weights(gradients, layout))
+    """Gradients by the names of the original's tensors: the norms, and of case `full` every entry."""
     names = [str(name) for name in golden["grad_names"]]
     norms = {
         name: abs(float(np.linalg.norm(ours[name].astype(np.float64)) / norm) - 1)

@@ -19,7 +19,7 @@ from rlhf.plan.page import report
 from rlhf.plan.plan import Task, plan, smallest
 from rlhf.programs import Workload
 from sharding.chips import CHIPS, GIB, find_pod
-from sharding.described import compiler_version, no_compiler
+from sharding.described import compiler_version, missing_compiler
 from sharding.disk.directory import write_json
 from sharding.errors import UserError
 
@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     if compiler_version(CHIPS["v5e"]) is None:
-        raise UserError(no_compiler(CHIPS["v5e"]))
+        raise UserError(missing_compiler(CHIPS["v5e"]))
     for name, task, pod in tasks():
         if args.only not in name:
             continue
@@ -102,7 +102,7 @@ def section(task: Task, pod: str, found: Mapping[str, Any]) -> Iterator[str]:
         share = f"{row['rollout_share']:.0%}" if row["fits"] else ""
         yield _row(
             [row["layout"], row["remat"], *said, f"{seconds:.3f}", f"{memory / GIB:.2f}"]
-            + ([row["generation_layout"], share] if samples else [])
+            + ([row["generation_layout"] or "", share] if samples else [])
         )
     steps = [sum(row["rough"]["seconds"].values()) for row in rows]
     if rows and rows[0]["fits"]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rlhf.plan.sentinel import as_json, changes, figures, read
 from rlhf.plan.verdict import ask
 from sharding.chips import CHIPS
-from sharding.described import compiler_version, no_compiler
+from sharding.described import compiler_version, missing_compiler
 from sharding.disk.directory import write_json
 from sharding.errors import UserError
 
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true")
     args = parser.parse_args()
     if compiler_version(CHIPS["v5e"]) is None:
-        raise UserError(f"{no_compiler(CHIPS['v5e'])}: make sentinel brings it")
+        raise UserError(f"{missing_compiler(CHIPS['v5e'])}: make sentinel brings it")
     watched, failed = read(FILE), False
     with tempfile.TemporaryDirectory() as fresh:
         for name, (what, kept) in watched.items():

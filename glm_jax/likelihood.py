@@ -36,12 +36,13 @@ def hidden_logprobs(
 
 
 def num_parts(model: CausalLM, num_tokens: int, layout: Layout) -> int:
-    """Into how many equal parts the vocabulary is cut: as few as do and divide it, but at most twice as few as do."""
+    """Parts that the vocabulary is cut into: the fewest that suffice, or up to twice as many if those divide it."""
     columns = _vocabulary(model) // layout.ways("vocab")
     logits = num_tokens // layout.ways("batch") * columns
-    few = min(-(-logits // LOGITS_AT_ONCE), columns)
-    # that of ChatGLM-6B is 32 times a prime
-    return next((n for n in range(few, min(2 * few, columns) + 1) if columns % n == 0), few)
+    few = max(min(-(-logits // LOGITS_AT_ONCE), columns), 1)
+    dividing = (n for n in range(few, min(2 * few, columns) + 1) if columns % n == 0)
+    # ChatGLM-6B's vocabulary is 32 times a prime: its last part is filled up
+    return next(dividing, -(-columns // -(-columns // few)))
 
 
 def _in_parts(
@@ -78,9 +79,9 @@ def _in_parts(
 
 
 def _cut(x: jax.Array, count: int, layout: Layout, fill: int = 0) -> jax.Array:
-    """[V, ...] -> [count, V / count, ...], each part split over "vocab" as V is: what a device has of it, it had.
+    """[V, ...] -> [count, part, ...], each part split over "vocab" as V is: what a device has of it, it had.
 
-    Where `count` does not divide what a device has, the last part ends in `fill`.
+    Where `count` does not divide what a device has, its last part ends in `fill`.
     """
     ways, tail = layout.ways("vocab"), x.shape[1:]
     rest = jax.typeof(x).sharding.spec[1:]

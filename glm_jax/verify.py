@@ -171,7 +171,7 @@ class _Outputs(NamedTuple):
     loss: Float[Array, ""]  # mean cross entropy
 
 
-# Cases of one shape share a program: they pass their arrays, not closures over them.
+# Cases of one shape share a program, one with gradients and one without: arrays are arguments, not closed over.
 @partial(jax.jit, static_argnames="layout")
 def _outputs(model: CausalLM, batch: Sequences, layout: Layout) -> _Outputs:
     logits = apply_model(model, batch.ids, batch.valid, layout)

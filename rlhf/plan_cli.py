@@ -126,7 +126,7 @@ def _plan(
     from rlhf.plan.recipe import write_recipe
     from rlhf.programs import Workload
     from sharding.chips import find_pod
-    from sharding.described import compiler_version, no_compiler
+    from sharding.described import compiler_version, missing_compiler
     from sharding.disk.directory import write_json
 
     # a table's columns do not become narrower for a file
@@ -138,7 +138,7 @@ def _plan(
         if number < 1:
             raise UserError(f"{name} {number}: give a positive number")
     if cache is not None and compiler_version(pod.chip) is None:
-        why = f"{no_compiler(pod.chip)}: layouts are counted from shapes alone"
+        why = f"{missing_compiler(pod.chip)}: layouts are counted from shapes alone"
         console.print(why, markup=False)
         cache = None
     with _progress(console) as heard:

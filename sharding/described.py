@@ -15,7 +15,8 @@ from sharding.chips import GIB, Chip, Pod
 from sharding.errors import UserError
 from sharding.gpus import target
 
-# libtpu looks for its machine's metadata, asks for a TPU and a lock, and writes logs, unless it is told
+# libtpu looks for its machine's metadata, asks for a TPU and a lock, and writes logs, unless it is told; CUDA's plugin
+# takes GPUs that there are
 ENVIRONMENT: Mapping[str, str] = {
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": "-1",
@@ -55,7 +56,7 @@ def compiler_version(chip: Chip) -> str | None:
     return None
 
 
-def no_compiler(chip: Chip) -> str:
+def missing_compiler(chip: Chip) -> str:
     """What to tell where there is none for such devices."""
     kind, extra = ("TPUs", "plan") if chip.dims else ("GPUs", "cuda")
     return f"no compiler for {kind} here (pip install glm-jax[{extra}])"
@@ -66,7 +67,7 @@ def described_devices(pod: Pod) -> list[jax.Device]:
     from jax.experimental import topologies
 
     if compiler_version(pod.chip) is None:
-        raise UserError(no_compiler(pod.chip))
+        raise UserError(missing_compiler(pod.chip))
     platform, options = _tpus(pod) if pod.chip.dims else _gpus(pod)
     try:
         found = topologies.get_topology_desc(platform=platform, **options)
@@ -93,7 +94,7 @@ def _gpus(pod: Pod) -> tuple[str, dict[str, Any]]:
 
 
 def compile_for_pod(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compile what was lowered for described devices. Raises OutOfMemory where it does not fit."""
+    """Compile what was lowered for described devices. Raises OutOfMemory where the compiler of TPUs finds no room."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -25,6 +25,8 @@ _ATTENTION = (
     (re.compile(r"splash_m[hq]a_dkv|flash_attention_bwd_dkv|flash_mha_bwd_dkv"), 4),
     (re.compile(r"splash_m[hq]a_dq|flash_attention_bwd_dq|flash_mha_bwd_dq"), 3),
 )
+_SCORES = re.compile(r'"intermediate_tensor_shape":\s*\{[^}]*?"dimensions":\s*\[([^\]]*)\]')
+_CAUSAL = re.compile(r'"mask_type":\s*"(PADDING_)?CAUSAL"')
 _FUSED_BACKWARD = 5  # all gradients in the kernel for keys and values
 
 
@@ -55,13 +57,14 @@ def kernel_flops(computation: Computation, x: Instruction) -> int:
 
 
 def _cudnn(computation: Computation, x: Instruction) -> int:
-    """Of queries [B, T, N, H] and keys [B, S, K, H]; a mask that is added leaves nothing out."""
-    (rows, length, heads, width), (_, keys, _, _) = (
-        computation[name].arrays[0].dims for name in x.operands[:2]
-    )
+    """Of scores [B, N, T, S], which the text tells; a mask that is added leaves nothing out."""
+    scores = _SCORES.search(x.attributes)
+    if scores is None:
+        return 0
+    width = computation[x.operands[0]].arrays[0].dims[-1]
     products = _FUSED_BACKWARD if "Backward" in (kernel(x) or "") else 2
-    whole = products * 2 * rows * heads * length * keys * width
-    return whole // 2 if "CAUSAL" in x.attributes else whole
+    whole = products * 2 * math.prod(map(int, re.findall(r"\d+", scores[1]))) * width
+    return whole // 2 if _CAUSAL.search(x.attributes) else whole
 
 
 def _attention(computation: Computation, x: Instruction, products: int) -> int:

@@ -22,6 +22,7 @@ from sharding.described import (
     peak_bytes,
 )
 from sharding.disk.directory import new_directory
+from sharding.gpus import target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Entry:
     """A compiled program."""
 
     peak_bytes: int  # of one that does not fit, what it needs
-    text: str | None  # None: it does not fit
+    text: str | None  # None: the compiler found no room
 
 
 class Cache:
@@ -40,7 +41,7 @@ class Cache:
 
     def compiled(self, lowered: jax.stages.Lowered, mesh: Mesh, pod: Pod) -> Entry:
         """The program for the mesh, compiled now or before. Raises UserError where it cannot be kept."""
-        place = self._directory / _key(lowered, mesh, pod)
+        place = self._directory / cache_key(lowered, mesh, pod)
         if not place.exists():
             _keep(_compile(lowered), place)
         fields = json.loads((place / "entry.json").read_text())
@@ -50,10 +51,12 @@ class Cache:
         )
 
 
-def _key(lowered: jax.stages.Lowered, mesh: Mesh, pod: Pod) -> str:
-    # the text has neither the options of programs that train nor which device stands where
+def cache_key(lowered: jax.stages.Lowered, mesh: Mesh, pod: Pod) -> str:
+    """The name of a program's folder: a hash of all that its compilation depends on."""
+    # the text has neither the options of programs that train, nor which device stands where, nor what a GPU is
     options = sorted({**WHOLE_PRODUCTS, **REDUCE_MEANWHILE}.items())
     order = [device.id for device in mesh.devices.flat]
+    gpu = () if pod.chip.dims else (target(pod.chip),)
     parts = (
         lowered.as_text(),
         order,
@@ -61,6 +64,7 @@ def _key(lowered: jax.stages.Lowered, mesh: Mesh, pod: Pod) -> str:
         jax.__version__,
         pod.name,
         options,
+        *gpu,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 

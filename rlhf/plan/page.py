@@ -77,9 +77,9 @@ def cells(one: Judged, plan: Plan) -> list[str]:
         return [*names, *numbers, f"{rough.peak_bytes / GIB:.2f}", f"{waits:.3f}", share, "", ""]
     if verdict.error is not None:
         return [*names, *[MISSING] * 6, roughly, verdict.error]
-    if not verdict.fits:
+    if verdict.failing is not None:
         memory = f"{verdict.peak_bytes / GIB:.2f}"
-        said = f"out of memory in {verdict.programs[0].name}: {advice(one, plan)}"
+        said = f"out of memory in {verdict.failing.name}: {advice(one, plan)}"
         return [*names, *[MISSING] * 3, memory, *[MISSING] * 2, roughly, said]
     waits = sum(p.runs * p.exposed_s for p in verdict.programs)
     share = f"{verdict.rollout_share:.0%}" if verdict.rollout_share else MISSING

@@ -63,7 +63,7 @@ def write_recipe(plan: Plan, path: Path) -> None:
         pod=plan.pod.name,
         devices=plan.pod.num_devices,
         file=path,
-        how="By the TPU compiler" if plan.compiled else "Counted roughly,",
+        how="By the compiler" if plan.compiled else "Counted roughly,",
         step=best.step_s,
         memory=best.peak_bytes / GIB,
         name=path.stem,

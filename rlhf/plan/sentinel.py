@@ -9,7 +9,7 @@ from typing import Any
 from glm_jax.config import PRESETS
 from rlhf.plan.verdict import Request, Verdict
 from rlhf.programs import Workload
-from sharding.chips import find_pod
+from sharding.chips import GIB, find_pod
 from sharding.errors import UserError
 from sharding.layout import Remat, parse_layout
 
@@ -52,9 +52,16 @@ class Watched:
 
 
 def figures(verdict: Verdict) -> Figures:
-    """Of every program its memory, cycles, and bytes sent along each axis. Raises UserError where one failed."""
+    """Of every program its memory, cycles, and bytes sent along each axis.
+
+    Raises UserError where one could not be compiled or does not fit.
+    """
     if verdict.error is not None:
         raise UserError(verdict.error)
+    if verdict.failing is not None:
+        raise UserError(
+            f"{verdict.failing.name} does not fit: it needs {verdict.peak_bytes / GIB:.2f} GiB"
+        )
     return {
         p.name: {
             "peak_bytes": p.peak_bytes,

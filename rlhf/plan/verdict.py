@@ -65,7 +65,12 @@ class Verdict:
     @property
     def fits(self) -> bool:
         """Whether every program does, with what else is in memory."""
-        return self.error is None and all(program.fits for program in self.programs)
+        return self.error is None and self.failing is None
+
+    @property
+    def failing(self) -> ProgramVerdict | None:
+        """The program that does not fit."""
+        return next((program for program in self.programs if not program.fits), None)
 
     @property
     def step_s(self) -> float:

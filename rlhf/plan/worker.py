@@ -1,6 +1,6 @@
 """Compile the programs of one candidate for a described pod: python -m rlhf.plan.worker CACHE < request > verdict.
 
-A process of its own, since libtpu wants its environment before JAX starts and may take the process with it.
+A process of its own, since compilers want their environment before JAX starts and may take the process with them.
 """
 
 import dataclasses

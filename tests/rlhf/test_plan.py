@@ -14,7 +14,7 @@ from glm_jax.config import PRESETS, GLMConfig
 from rlhf.cli import main
 from rlhf.plan import plan as planning
 from rlhf.plan import worker
-from rlhf.plan.cache import Cache, Entry
+from rlhf.plan.cache import Cache, Entry, cache_key
 from rlhf.plan.candidates import find, layouts
 from rlhf.plan.page import cells, plan_table, report, write_page
 from rlhf.plan.plan import Plan, Task, plan, smallest
@@ -26,7 +26,7 @@ from rlhf.recipe import Recipe, check
 from rlhf.recipe_file import load_recipe
 from sharding import described
 from sharding.chips import GIB, Pod, find_pod
-from sharding.described import compiler_version, no_compiler
+from sharding.described import compiler_version, missing_compiler
 from sharding.errors import UserError
 from sharding.layout import parse_layout, spell_layout
 from sharding.pipeline import layer_slots, num_ticks
@@ -137,7 +137,8 @@ def told(*verdicts: Verdict, top: int, monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 def test_the_compiler_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Verdict((program(step_s=2.0),), {"policy": GIB})
-    full = Verdict((program(fits=False, peak_bytes=20 * GIB, step_s=0.0),), {"start": 6 * GIB})
+    large = program(fits=False, peak_bytes=20 * GIB, step_s=0.0)
+    full = Verdict((program(name="critic update"), large), {"start": 6 * GIB})
     fast = Verdict((program(),), {"policy": GIB})
     broken = Verdict((), {}, "the compiler failed: Aborted")
     # what does not fit does not count among the two
@@ -152,6 +153,17 @@ def test_the_compiler_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None
     assert rows[3][-1] == "the compiler failed: Aborted"
     assert [row["step_s"] for row in report(found)["layouts"]] == [1.25, 2.0, None, None]
     assert found.judged[2].step_s == found.judged[2].candidate.rough.step_s
+
+
+def test_programs_for_other_gpus_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler is told of a GPU is no part of a program's text."""
+    mesh = jax.make_mesh((8,), ("x",))
+    lowered = jax.jit(lambda x: x).lower(1.0)
+    pod = find_pod("h100:8")
+    keys = {cache_key(lowered, mesh, pod), cache_key(lowered, mesh, find_pod("v5e:2x4"))}
+    monkeypatch.setattr("rlhf.plan.cache.target", lambda chip: "another")
+    keys |= {cache_key(lowered, mesh, pod), cache_key(lowered, mesh, find_pod("v5e:2x4"))}
+    assert len(keys) == 3
 
 
 def test_a_step_of_ppo_is_the_sum_of_its_programs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +219,7 @@ def test_the_recipe_of_a_plan_is_accepted(job: str, tmp_path: Path) -> None:
     write_recipe(found, tmp_path / "found.py")
     recipe, text = load_recipe(tmp_path / "found.py")
     assert isinstance(recipe, Recipe) and "chatglm3-6b on h100:8" in text
+    assert "Counted roughly" in text
     layout, generation = check(recipe)
     best = found.judged[0].candidate
     assert spell_layout(layout) == spell_layout(best.layout) and layout.remat == best.layout.remat
@@ -246,16 +259,17 @@ def test_the_first_program_that_does_not_fit_decides(monkeypatch: pytest.MonkeyP
     assert found.fits and [program.name for program in found.programs] == names
 
 
-@pytest.mark.parametrize("name", ["v5e:2x2", "h100:16"])
+@pytest.mark.parametrize("name", ["v5e:2x2", "h100:8", "h100:16"])
 def test_the_compiler_is_asked_once(name: str, tmp_path: Path) -> None:
     pod = find_pod(name)
     if compiler_version(pod.chip) is None:
-        pytest.skip(no_compiler(pod.chip))
+        pytest.skip(missing_compiler(pod.chip))
     config = GLMConfig(512, 128, 2, 4, 2, 32, 256, compute_dtype="bfloat16")
     task = Task("sft", "small", config, Workload(16, 64, 64))
     first = plan(task, pod, tmp_path, 1)
     verdict = first.judged[0].verdict
     assert verdict is not None and verdict.error is None and verdict.fits
+    assert verdict.programs[0].kernels_s > 0
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.gz")}
     again = plan(task, pod, tmp_path, 1)
     assert again.judged == first.judged

@@ -9,9 +9,9 @@ import pytest
 
 from glm_jax.config import GLMConfig
 from rlhf.plan.sentinel import as_json, changes, figures, read
-from rlhf.plan.verdict import Request, ask
+from rlhf.plan.verdict import ProgramVerdict, Request, Verdict, ask
 from rlhf.programs import Workload
-from sharding.chips import find_pod
+from sharding.chips import GIB, find_pod
 from sharding.errors import UserError
 from sharding.layout import Layout
 
@@ -32,6 +32,15 @@ def test_a_change_above_two_percent_is_named(figure: str, value: int, line: str)
     now = {"update": {**KEPT["update"], figure: value}}
     (found,) = changes(KEPT, now)
     assert line in found
+
+
+def test_what_does_not_fit_is_no_figure() -> None:
+    program = ProgramVerdict("update", 1, 1, 1, True, GIB, GIB)
+    fitting = Verdict((program,), {})
+    assert figures(fitting)["update"]["peak_bytes"] == GIB
+    large = dataclasses.replace(program, name="critic update", fits=False)
+    with pytest.raises(UserError, match=r"critic update does not fit: it needs 2\.00 GiB"):
+        figures(Verdict((program, large), {}))
 
 
 def test_less_is_no_change() -> None:

@@ -73,15 +73,20 @@ def test_of_another_kernel_nothing_is_known() -> None:
 @pytest.mark.parametrize("kind", ["Softmax", "ScaleBiasSoftmax"])
 def test_cudnn_leaves_out_what_a_causal_mask_hides(kind: str) -> None:
     q, kv = f"bf16[{B},{T},{N},{H}]{{3,2,1,0}}", f"bf16[{B},{T},{K},{H}]{{3,2,1,0}}"
+    config = (
+        f'{{"cudnn_fmha_backend_config": {{"intermediate_tensor_shape": {{"element_type": "BF16", '
+        f'"dimensions": ["{B}", "{N}", "{T}", "{T}"], "tuple_shapes": []}}, "mask_type": "NO_MASK"}}}}'
+    )
     text = f"""HloModule jit_f
 
 ENTRY %main (q: bf16[2,1024,8,128], k: bf16[2,1024,2,128], v: bf16[2,1024,2,128]) -> bf16[2,8,1024,128] {{
   %q = {q} parameter(0)
   %k = {kv} parameter(1)
   %v = {kv} parameter(2)
-  ROOT %o = {Q} custom-call(%q, %k, %v), custom_call_target="__cudnn$fmha{kind}", backend_config={{"NO_MASK"}}
+  ROOT %o = {Q} custom-call(%q, %k, %v), custom_call_target="__cudnn$fmha{kind}", backend_config={config}
 }}
 """
     assert found(text) == 2 * WHOLE
     assert found(text.replace("NO_MASK", "CAUSAL")) == WHOLE
+    assert found(text.replace("NO_MASK", "PADDING_CAUSAL")) == WHOLE
     assert found(text.replace(kind, f"{kind}Backward")) == 5 * WHOLE

@@ -5,6 +5,7 @@ segment and how far it sees. Which one runs is decided in `over_sequences`, by t
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ def splash_attention(
     """
     length = q_BTNH.shape[1]
     scaled = (q_BTNH.astype(jnp.float32) * q_BTNH.shape[-1] ** -0.5).astype(q_BTNH.dtype)
-    inputs = (scaled, *_own_groups(q_BTNH.shape[2], k_BTKH, v_BTKH, layout), *sight)
+    inputs = (scaled, *own_groups(k_BTKH, v_BTKH, layout), *sight)
     q, k, v, segments, reach = _lengthened(inputs, 128)
 
     def attend(
@@ -146,7 +147,7 @@ def cudnn_attention(
     Of a `causal` mask the kernel leaves out what comes after the queries.
     """
     length = q_BTNH.shape[1]
-    inputs = (q_BTNH, *_own_groups(q_BTNH.shape[2], k_BTKH, v_BTKH, layout), mask_BTT)
+    inputs = (q_BTNH, *own_groups(k_BTKH, v_BTKH, layout), mask_BTT)
     q, k, v, mask = _lengthened(inputs, 8)
     mask = jnp.pad(mask, [(0, 0), (0, 0), (0, q.shape[1] - length)])
 
@@ -192,7 +193,7 @@ def attention(
 
     mask: True where query t may see key s. A row that sees nothing returns the mean of the values.
     """
-    k_BSKH, v_BSKH = _own_groups(q_BTNH.shape[2], k_BSKH, v_BSKH, layout)
+    k_BSKH, v_BSKH = own_groups(k_BSKH, v_BSKH, layout)
     num_heads, head_dim = q_BTNH.shape[-2:]
     num_groups = k_BSKH.shape[2]
     q_BTKGH = jnp.reshape(
@@ -206,15 +207,16 @@ def attention(
     )
 
 
-def _own_groups(
-    num_heads: int, k_BSKH: jax.Array, v_BSKH: jax.Array, layout: Layout
-) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of which every shard of heads has those it reads: copies for every head, where groups are few."""
+def own_groups(
+    k_BSKH: Float[Array, "B S K H"], v_BSKH: Float[Array, "B S K H"], layout: Layout
+) -> tuple[Float[Array, "B S C H"], Float[Array, "B S C H"]]:
+    """Keys and values of which every shard of heads has those it reads: as few copies as do, where groups are few."""
     num_groups = k_BSKH.shape[2]
-    if num_groups % layout.ways("kv_heads") == 0:
+    number = math.lcm(num_groups, layout.ways("kv_heads"))  # which divides the heads, as both do
+    if number == num_groups:
         return k_BSKH, v_BSKH
-    index = jnp.arange(num_heads) // (num_heads // num_groups)
-    spread = layout.spec("batch", None, "heads", None)
+    index = jnp.arange(number) // (number // num_groups)
+    spread = layout.spec("batch", None, "kv_heads", None)
     k, v = (x.at[:, :, index].get(out_sharding=spread) for x in (k_BSKH, v_BSKH))
     return k, v
 

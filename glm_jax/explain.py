@@ -103,13 +103,18 @@ def activations(config: Config, layout: Layout, batch: int, length: int) -> Iter
     rows = batch // (layout.accumulate * layout.microbatches)
     N, K, H = config.num_heads, config.num_kv_groups, config.head_dim
     kv = kv_axis(config, layout)
-    groups, heads = ((K, N // K), ("kv_heads", None)) if kv else ((N, 1), ("heads", None))
+    copies = math.lcm(K, layout.ways("kv_heads"))  # of k and v, where shards outnumber groups
     compute, stream = config.compute_dtype, ("batch", "time")
     for name, sizes, dtype, axes in (
         ("residual BTD", (length, config.hidden_size), compute, residual_axes(length, layout)),
         ("q BTNH", (length, N, H), compute, (*stream, "heads", "head_dim")),
         ("k, v BTKH", (length, K, H), compute, (*stream, kv, "head_dim")),
-        ("scores BKGTS", (*groups, length, length), "float32", ("batch", *heads, "time", None)),
+        (
+            "scores BKGTS",
+            (copies, N // copies, length, length),
+            "float32",
+            ("batch", "kv_heads", None, "time", None),
+        ),
         ("ffn BTF", (length, config.ffn_size), compute, (*stream, "ffn")),
     ):
         yield placed(name, (rows, *sizes), np.dtype(dtype), axes, layout)

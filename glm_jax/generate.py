@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.layers import MASKED
 from glm_jax.loss import Support
-from glm_jax.model import CausalLM, apply_head
+from glm_jax.model import CausalLM, apply_head, cast_weights
 from glm_jax.trunk import Cache
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -183,6 +183,7 @@ def generate(
     def unfinished(state: _Decoding) -> jax.Array:
         return (state.decided < sampling.max_new_tokens) & ~jnp.all(state.done)
 
+    model = cast_weights(model)
     hidden, cache = model.trunk.prefill(prompts.ids, prompts.valid, sampling.max_new_tokens, layout)
     logits = next_logits(model, hidden[:, -1], layout)
     repeat = partial(_repeated, times=samples)

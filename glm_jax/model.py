@@ -44,6 +44,21 @@ def init_model(config: Config, layout: Layout, key: jax.Array) -> CausalLM:
     return CausalLM(trunk=trunk, w_head=w_head)
 
 
+def cast_weights(model: CausalLM) -> CausalLM:
+    """The model with what its products take in the compute dtype: not every compiler casts before a loop.
+
+    Norms, which multiply in float32, stay, and so do tables of which rows alone are read.
+    """
+
+    def cast(path: tuple[jax.tree_util.KeyEntry, ...], w: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        stays = "norm" in name or ("embedding" in name and model.w_head is not None)
+        return w if stays else w.astype(model.trunk.config.compute_dtype)
+
+    cast_model: CausalLM = jax.tree_util.tree_map_with_path(cast, model)
+    return cast_model
+
+
 def apply_head(
     model: CausalLM, hidden: Float[Array, "B T D"], layout: Layout
 ) -> Float[Array, "B T V"]:

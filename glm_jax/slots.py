@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.generate import SamplingConfig, draw, next_logits, row_keys
-from glm_jax.model import CausalLM
+from glm_jax.model import CausalLM, cast_weights
 from glm_jax.trunk import Cache
 from sharding.layout import Layout
 
@@ -193,6 +193,7 @@ def _decode(
     layout: Layout,
 ) -> Slots:
     """Slots after as many steps as it takes until no more of them are running, in all and in every batch shard."""
+    model = cast_weights(model)
     room = slots.drawn.ids.shape[1]
     by_shard = (layout.ways("batch"), -1)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from glm_jax.attention import Attend, Sight, attention, over_sequences
+from glm_jax.attention import Attend, Sight, attention, over_sequences, own_groups
 from glm_jax.config import Config
 from glm_jax.layers import Rotation, gathered, spread
 from sharding.layout import Layout
@@ -34,7 +34,8 @@ class Places(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of every layer, each as the product that reads it has it.
 
-    Keys were rotated by their positions, so that the order of the columns means nothing.
+    Where tensor shards outnumber kv groups, K counts the copies that they read (`own_groups`). Keys were rotated by
+    their positions, so that the order of the columns means nothing.
     """
 
     keys: Float[Array, "layer B K H S"]
@@ -126,6 +127,7 @@ class Trunk(nnx.Module):
             written = []
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                k, v = own_groups(k, v, layout)
                 written.append(_with_room(_key_columns(k), room, axis=3))
                 written.append(_with_room(_value_rows(v), room, axis=2))
                 return within(q, k, v)
@@ -164,6 +166,7 @@ class Trunk(nnx.Module):
                 return jax.lax.dynamic_index_in_dim(written[-1], number, keepdims=False)
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                k, v = own_groups(k, v, layout)
                 k = append(keys, _key_columns(k), (number, 0, 0, 0, column))
                 v = append(values, _value_rows(v), (number, 0, 0, column, 0))
                 k, v = jnp.transpose(k, (0, 3, 1, 2)), jnp.transpose(v, (0, 2, 1, 3))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.attention import attention
+from glm_jax.attention import attention, own_groups
 from glm_jax.layers import MASKED
 from sharding.layout import Layout, get_layout
 
@@ -58,6 +58,19 @@ def test_attention_and_its_gradient_are_those_of_the_formula(name: str, groups: 
     pairs = zip(results(of_attention, layout), results(_plain, Layout()), strict=True)
     for ours, plain in pairs:
         np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("groups", "tensor", "copies"), [(1, 2, 2), (2, 2, 2), (2, 4, 4), (4, 2, 4)]
+)
+def test_shards_have_as_few_copies_of_groups_as_do(groups: int, tensor: int, copies: int) -> None:
+    layout = Layout(tensor=tensor)
+    (_, k, v), _ = _inputs(groups)
+    with jax.set_mesh(layout.mesh()):
+        ours = own_groups(jnp.asarray(k), jnp.asarray(v), layout)
+    for x, whole in zip(ours, (k, v), strict=True):
+        assert x.shape == (B, S, copies, H)
+        np.testing.assert_array_equal(x, np.repeat(whole, copies // groups, axis=2))
 
 
 def test_nothing_of_length_times_length_waits_for_the_backward_pass() -> None:

@@ -1,6 +1,7 @@
 """Cached decoding against recomputation; sampling that depends on nothing but its own row."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,22 @@ def any_model(request: pytest.FixtureRequest, small: GLMConfig, small_v1: GLMV1C
         "GLM-4-0414": dataclasses.replace(small, sandwich_norms=True, qkv_bias=False),
     }
     return _draw(shapes[request.param])
+
+
+def test_weights_are_cast_before_decoding_begins(small: GLMConfig, small_v1: GLMV1Config) -> None:
+    """The loop reads no weight in float32 but norms and, where a head has its own, the embedding table."""
+    sampling = SamplingConfig(max_new_tokens=3)
+    for config, tables in ((small, 1), (small_v1, 0)):
+        low = dataclasses.replace(config, compute_dtype="bfloat16")
+        with jax.set_mesh(LAYOUT.mesh()):
+            model = jax.eval_shape(partial(init_model, low, LAYOUT), jax.random.key(0))
+            traced = jax.make_jaxpr(
+                lambda m, p, s, k: generate(m, p, s, k, sampling, (2,), LAYOUT)
+            )(model, _prompts(), np.zeros((4, 1), np.int32), jax.random.key(0))
+        (loop,) = (x for x in traced.eqns if x.primitive.name == "while")
+        weight = config.hidden_size**2
+        read = [v.aval for v in loop.invars[: loop.params["body_nconsts"]] if v.aval.ndim > 1]
+        assert sum(x.dtype == jnp.float32 and x.size >= weight for x in read) == tables
 
 
 def _prompts() -> Prompts:

@@ -344,7 +344,7 @@ def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFix
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed"
 )
 def test_the_choice_is_within_five_percent_of_the_best_of_all_layouts(tmp_path: Path) -> None:
-    """Every layout of a small model on v5e:4x4 is compiled: 117 programs, the better part of an hour on two cores."""
+    """Every layout of a small model on v5e:4x4 is compiled: 117 programs, an hour or two on two cores."""
     config = GLMConfig(2048, 512, 2, 4, 2, 128, 1408, compute_dtype="bfloat16")
     task, pod = Task("sft", "small", config, Workload(64, 256, 256)), find_pod("v5e:4x4")
     chosen = plan(task, pod, tmp_path, workers=2).best

@@ -1,5 +1,7 @@
 """A language model on a trunk of any generation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -45,18 +47,17 @@ def init_model(config: Config, layout: Layout, key: jax.Array) -> CausalLM:
 
 
 def cast_weights(model: CausalLM) -> CausalLM:
-    """The model with what its products take in the compute dtype: not every compiler casts before a loop.
+    """The model with its layers and head in the compute dtype: not every compiler casts before a loop.
 
-    Norms, which multiply in float32, stay, and so do tables of which rows alone are read.
+    A table of which rows alone are read stays.
     """
-
-    def cast(path: tuple[jax.tree_util.KeyEntry, ...], w: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        stays = "norm" in name or ("embedding" in name and model.w_head is not None)
-        return w if stays else w.astype(model.trunk.config.compute_dtype)
-
-    cast_model: CausalLM = jax.tree_util.tree_map_with_path(cast, model)
-    return cast_model
+    dtype, trunk, w_head = model.trunk.config.compute_dtype, model.trunk, model.w_head
+    changes = {"blocks": trunk.compute_blocks()}
+    if w_head is None:
+        changes["embedding"] = trunk.embedding.astype(dtype)
+    else:
+        w_head = w_head.astype(dtype)
+    return CausalLM(trunk=dataclasses.replace(trunk, **changes), w_head=w_head)
 
 
 def apply_head(

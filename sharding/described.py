@@ -30,7 +30,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 
-CUDAS = ("cuda13", "cuda12")
+_CUDAS = ("cuda13", "cuda12")  # that JAX has plugins for
 _NEEDED = re.compile(r"\(?([\d.]+)([KMGT]?)\)? exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
@@ -49,7 +49,7 @@ class OutOfMemory(UserError):
 
 def compiler_version(chip: Chip) -> str | None:
     """That of libtpu, or of JAX's plugin for CUDA after CUDA's own; None where it is not installed."""
-    packages = {"libtpu": ""} if chip.dims else {f"jax-{x}-plugin": f"{x} " for x in CUDAS}
+    packages = {"libtpu": ""} if chip.dims else {f"jax-{x}-plugin": f"{x} " for x in _CUDAS}
     for package, cuda in packages.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return cuda + importlib.metadata.version(package)

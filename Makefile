@@ -7,12 +7,13 @@ BIN := .venv/bin
 demo: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/glm-jax run configs/demo.py
 
+# a file of tests stays in one process, which compiles what its tests share once
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
-# the last -m wins: the empty one selects the tests marked slow too
+# the last -m wins: the empty one selects the tests marked slow too; programs are compiled as users have them
 test-all: lint
-	$(BIN)/pytest -m ""
+	XLA_FLAGS= $(BIN)/pytest -m ""
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check

@@ -1,5 +1,8 @@
 """8 simulated devices, shapes and types checked at run time, compiled programs kept between runs."""
 
+import gc
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,10 @@ if TYPE_CHECKING:  # importing it for real comes after the hook below
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
+
+# Much of the time goes to LLVM, whose third level is worth nothing in the few steps that a test runs. XLA's own passes,
+# like partitioning and fusion, are not touched. `make test-all` leaves LLVM its way.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=2")
 
 # Before any module of ours is imported. With PEP 484's tower an int may stand for a float, as mypy has it.
 jaxtyping.install_import_hook(
@@ -27,8 +34,22 @@ def pytest_configure(config: pytest.Config) -> None:
     """Compile a program once and not in every test that uses it, nor in the next run of the tests."""
     if config.pluginmanager.hasplugin("cacheprovider"):
         assert config.cache is not None
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        # a folder for every worker of pytest-xdist: JAX writes without a lock, and another might read half
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"jax{worker}")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Forget compiled programs before there are too many: each takes some dozen memory maps, and XLA crashes
+    where Linux refuses it another (above 65,530 in a process).
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,11 @@ def train(directory: Path, count: int, jobs: str) -> dict[str, dict[str, np.ndar
     command = [str(JOBS), str(directory), jobs, "8"]
     for status, text in ended([launch(*command, *options) for options in flags(count)]):
         assert status == 0, text
-    return {job: dict(np.load(directory / f"{job}.npz")) for job in jobs.split(",")}
+    found = {}
+    for job in jobs.split(","):
+        with np.load(directory / f"{job}.npz") as arrays:
+            found[job] = dict(arrays)
+    return found
 
 
 def assert_same_training(directory: Path, counts: Sequence[int], jobs: str) -> None:

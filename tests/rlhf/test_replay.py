@@ -85,8 +85,8 @@ def test_an_update_is_skipped_then_kept_and_its_row_named(small: GLMConfig, tmp_
     found = replay(recipe, fault)
     assert found.weights == []
     ((kind, number, loss, _),) = found.rows
-    batch = np.load(fault / "batch.npz")
-    assert (kind, number) == ("row", int(np.flatnonzero(np.isnan(batch["weight"]))[0]))
+    with np.load(fault / "batch.npz") as batch:
+        assert (kind, number) == ("row", int(np.flatnonzero(np.isnan(batch["weight"]))[0]))
     assert math.isnan(loss)
 
 
@@ -190,8 +190,8 @@ def test_an_answer_of_ppo_is_named(
     found = replay(Recipe(devices=1, model=model, ppo=config), fault)
     assert found.weights == []
     name = f"[0].{kind}" if role == "actor" else kind
-    batch = np.load(fault / "batch.npz")
-    (place,) = np.flatnonzero(np.isnan(batch[name]).all(axis=1))
+    with np.load(fault / "batch.npz") as batch:
+        (place,) = np.flatnonzero(np.isnan(batch[name]).all(axis=1))
     assert [(kind, number) for kind, number, *_ in found.rows] == [("answer", int(place))]
 
 

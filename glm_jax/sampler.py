@@ -1,4 +1,4 @@
-"""Sampling in a layout of its own: the policy moves there and back on the same devices.
+"""Sampling in a layout of its own: the policy, or a copy that is as precise as sampling is, moves there and back.
 
 Generation leaves a pipeline idle and reads every weight once a token, so the layout that trains fastest is seldom the
 one that samples fastest (arXiv 2404.00934, section 3).
@@ -18,7 +18,7 @@ from glm_jax.batch import Prompts
 from glm_jax.config import Config
 from glm_jax.continuous import Engine, RolloutConfig
 from glm_jax.generate import Generation, SamplingConfig, generate
-from glm_jax.model import CausalLM, init_model
+from glm_jax.model import CausalLM, cast_weights, init_model
 from glm_jax.weights import kept_layout, restack
 from sharding.errors import UserError
 from sharding.layout import MESH_AXES, Layout
@@ -45,8 +45,10 @@ class Sampler:
     by an `Engine`; they are the same. Raises UserError where it does not fit the model or the devices.
 
     Attributes:
-        to_generation, to_training: the programs that move a policy, each on the mesh that it comes from; None where
-            both layouts split it alike.
+        to_generation: the program that brings a policy there, its weights in the compute dtype; None where both layouts
+            split it alike.
+        to_training: the program that brings it back; None where nothing was moved, or something was rounded. Each runs
+            on the mesh that the policy comes from.
         generate: the program that draws answers side by side: (policy, prompts, seeds, key), on `mesh`.
         mesh: the devices as the generation layout has them.
     """
@@ -71,7 +73,9 @@ class Sampler:
         self._training_mesh = jax.sharding.get_mesh()
         self.mesh = _remeshed(self._training_mesh, self.generation)
         self.to_generation = _mover(config, layout, self.generation, self.mesh)
-        self.to_training = _mover(config, self.generation, layout, self._training_mesh)
+        self.to_training: Program | None = None
+        if config.compute_dtype == "float32":
+            self.to_training = _mover(config, self.generation, layout, self._training_mesh)
         self.engine: Engine | None = None  # None: answers are drawn side by side
         if rollout.slots is not None:
             self.engine = Engine(sampling, stop_ids, self.generation, rollout)
@@ -85,22 +89,37 @@ class Sampler:
         return self.draw(self.enter(policy), prompts, key, samples)
 
     def enter(self, policy: CausalLM) -> CausalLM:
-        """A copy of the policy in the generation layout; the policy itself if both layouts split it alike."""
+        """A copy of the policy in the generation layout, its weights in the compute dtype.
+
+        Where both layouts split it alike, the policy itself.
+        """
         return self.to_generation(policy) if self.to_generation else policy
 
     @contextmanager
     def lend(self, policy: CausalLM) -> Iterator["Loan"]:
-        """The policy in the generation layout, and no second copy of it: the training one is freed and made again.
+        """The policy in the generation layout, and no float32 copy of it beside it.
 
-        Afterwards `Loan.policy` is the policy in the training layout, bit for bit.
+        A policy that computes in float32 moves: the training one is freed and made again. Of any other a copy in its
+        compute dtype, half as large, moves there and is freed; the policy stays. Afterwards `Loan.policy` is the policy
+        in the training layout, bit for bit.
         """
         loan = Loan(policy)
-        loan.policy, loan.there = _timed(self.to_generation, self.training, self.generation, policy)
-        yield loan
-        with jax.set_mesh(self.mesh):  # pieces are cut where they come from
-            loan.policy, loan.back = _timed(
-                self.to_training, self.generation, self.training, loan.policy
+        if self.to_generation is not None:
+            loan.policy, loan.there = _timed(
+                self.to_generation, self.training, self.generation, policy
             )
+        if self.to_training is None:
+            yield loan
+            if loan.policy is not policy:
+                _free(loan.policy)
+            loan.policy = policy
+            return
+        _free(policy)
+        yield loan
+        lent = loan.policy
+        with jax.set_mesh(self.mesh):  # pieces are cut where they come from
+            loan.policy, loan.back = _timed(self.to_training, self.generation, self.training, lent)
+        _free(lent)
 
     def draw(
         self, policy: CausalLM, prompts: Prompts, key: jax.Array, samples: int = 1
@@ -128,7 +147,7 @@ class Sampler:
 
 
 class Loan:
-    """A policy on its way to the generation layout and back."""
+    """A policy, or what is lent in its place, on its way to the generation layout and back."""
 
     def __init__(self, policy: CausalLM) -> None:
         self.policy = policy
@@ -161,35 +180,35 @@ def _shapes(config: Config, layout: Layout, mesh: Mesh) -> CausalLM:
 
 
 def _mover(config: Config, source: Layout, target: Layout, mesh: Mesh) -> Program | None:
-    """The jitted program that moves a model; None where both layouts split it alike."""
+    """The jitted program that moves a model in its compute dtype; None where both layouts split it alike."""
     like = _shapes(config, target, mesh)
     shardings = jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), like)
     if source.sizes == target.sizes:
         if jax.tree.leaves(like) == jax.tree.leaves(_shapes(config, source, mesh)):
             return None
-        return jax.jit(partial(restack, source=source, target=target))
+        return jax.jit(lambda model: restack(cast_weights(model), source, target))
     # layers and vocabulary are cut on the old mesh, what is left is to bring pieces to other devices
     between = kept_layout(source, config)
 
     def move(model: CausalLM) -> CausalLM:
-        cut = restack(model, source, target, place=between)
+        cut = restack(cast_weights(model), source, target, place=between)
         return jax.tree.map(remesh, cut, shardings)
 
     return jax.jit(move, out_shardings=shardings)
 
 
 def _timed(
-    program: Program | None, source: Layout, target: Layout, model: CausalLM
+    program: Program, source: Layout, target: Layout, model: CausalLM
 ) -> tuple[CausalLM, Move]:
-    if program is None:
-        return model, NO_MOVE
     begin = time.perf_counter()
     moved = jax.block_until_ready(program(model))
     seconds = time.perf_counter() - begin
-    num_bytes = moved_bytes(model, moved, source, target)
+    return moved, Move(moved_bytes(model, moved, source, target), seconds)
+
+
+def _free(model: CausalLM) -> None:
     for leaf in jax.tree.leaves(model):
         leaf.delete()
-    return moved, Move(num_bytes, seconds)
 
 
 def moved_bytes(old: CausalLM, new: CausalLM, source: Layout, target: Layout) -> int:

@@ -301,9 +301,9 @@ def _rollout(
     """The programs of `glm_jax.sampler` that an iteration calls, and its answers where training has them."""
     sample, layout, count = iterate.sample, iterate.layout, iterate.config.samples
     rows, length, room = workload.batch, workload.length, workload.response_length
-    lent: CausalLM = roles["policy"]
-    if sample.to_generation is not None:
-        lent = shapes.policy(config, sample.generation, sample.mesh)
+    policy: CausalLM = roles["policy"]
+    moves, stays = sample.to_generation is not None, sample.to_training is None
+    lent = shapes.lent_policy(config, sample.generation, sample.mesh) if moves else policy
     there = (sample.generation, sample.mesh)
     asked = (
         lent,
@@ -314,8 +314,8 @@ def _rollout(
     with jax.set_mesh(sample.mesh):
         drawn = jax.eval_shape(sample.generate, *asked)
     answers = jax.tree.map(lambda x: shapes.split(x.shape, x.dtype, layout), drawn)
-    program = partial(Program, runs=1, takes=("policy",), resident=tuple(roles))
-    move = partial(program, tokens=0, flops=0)
+    program = partial(Program, runs=1, resident=tuple(roles))
+    move = partial(program, tokens=0, flops=0, takes=("policy",))
     draw = program(
         name="generate",
         function=sample.generate,
@@ -323,10 +323,12 @@ def _rollout(
         mesh=sample.mesh,
         tokens=rows * room,
         flops=forward_flops(config, rows, length, room),
+        takes=() if moves and stays else ("policy",),  # of a copy the policy itself lies beside
     )
-    if sample.to_generation is None:
+    if not moves:
         return [draw], answers
     home = jax.sharding.get_mesh()
-    enter = move("to generation", sample.to_generation, (roles["policy"],), home)
-    leave = move("to training", sample.to_training, (lent,), sample.mesh)
-    return [enter, draw, leave], answers
+    found = [move("to generation", sample.to_generation, (policy,), home), draw]
+    if not stays:
+        found.append(move("to training", sample.to_training, (lent,), sample.mesh))
+    return found, answers

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.batch import Pairs, Prompts, Sequences
 from glm_jax.config import Config
-from glm_jax.model import CausalLM, init_model
+from glm_jax.model import CausalLM, cast_weights, init_model
 from glm_jax.scalar import ScalarModel, init_scalar
 from glm_jax.train import TrainState, init_state
 from sharding.layout import Layout
@@ -108,6 +108,16 @@ def num_bytes(tree: Any) -> int:
 def policy(config: Config, layout: Layout, mesh: Mesh | None = None) -> CausalLM:
     """A language model."""
     found: CausalLM = model(init_model, config, layout, mesh)
+    return found
+
+
+def lent_policy(config: Config, layout: Layout, mesh: Mesh) -> CausalLM:
+    """One as `glm_jax.sampler` brings it to where it samples: its weights in the compute dtype."""
+
+    def init(config: Config, layout: Layout, key: jax.Array) -> CausalLM:
+        return cast_weights(init_model(config, layout, key))
+
+    found: CausalLM = model(init, config, layout, mesh)
     return found
 
 

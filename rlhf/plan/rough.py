@@ -90,13 +90,17 @@ def rough(
     for one in passes:
         for name, value in _pass_seconds(one, config, layout, pod).items():
             seconds[name] += value * one.times
-    rollout = 0.0
+    training = max((one for one in passes if one.backward), key=lambda one: one.rows * one.length)
+    rollout, working = 0.0, _working(training, config, layout)
     if job == "ppo":
-        drawn = _drawing(config, (generation or layout).for_generation(), workload, pod)
+        sampling = (generation or layout).for_generation()
+        drawn = _drawing(config, sampling, workload, pod)
         rollout = sum(drawn.values())
         for name, value in drawn.items():
             seconds[name] += value
-    return Rough(dict(seconds), rollout, _memory(job, passes, config, layout))
+        working = max(working, _held(config, sampling, workload), key=lambda x: sum(x.values()))
+    memory = {name: int(size) for name, size in (_roles(job, config, layout) | working).items()}
+    return Rough(dict(seconds), rollout, memory)
 
 
 def _passes(job: str, workload: Workload, minibatches: int) -> Iterator[_Pass]:
@@ -251,8 +255,7 @@ def _drawing(config: Config, layout: Layout, workload: Workload, pod: Pod) -> di
     found = _pass_seconds(prompts, config, layout, pod)
     rows, tensor = workload.batch / layout.ways("batch"), layout.ways("heads")
     weights = num_weights(config) / tensor
-    groups = max(config.num_kv_groups / tensor, 1)
-    kept = 2 * rows * workload.length * groups * config.head_dim * COMPUTE * config.num_layers
+    kept = _cache(config, layout, workload)
     read = (weights * COMPUTE + kept) / (chip.memory_bandwidth * MEMORY_SHARE)
     products = 2 * rows * weights / (chip.flops * PRODUCT_SHARE)
     tokens = workload.response_length
@@ -272,28 +275,47 @@ def _drawing(config: Config, layout: Layout, workload: Workload, pod: Pod) -> di
     return found
 
 
-def _memory(job: str, passes: list[_Pass], config: Config, layout: Layout) -> dict[str, int]:
-    """Bytes by role at the fullest moment, which is in an update."""
+def _cache(config: Config, layout: Layout, workload: Workload) -> float:
+    """Bytes of keys and values; heads that tensor shards share are on each."""
+    rows = workload.batch / layout.ways("batch")
+    groups = max(config.num_kv_groups / layout.ways("heads"), 1)
+    return 2 * rows * workload.length * groups * config.head_dim * COMPUTE * config.num_layers
+
+
+def _roles(job: str, config: Config, layout: Layout) -> dict[str, float]:
+    """Bytes of what is there all along."""
     pieces = layout.ways("embed_weight") * layout.ways("heads") * layout.ways("stage")
     whole, scalar = num_weights(config) / pieces, num_weights(config, False) / pieces
-    found = {"model and optimizer": whole * TRAINED}
     if job == "reward":
-        found = {"model and optimizer": scalar * TRAINED, "start": scalar * MASTER}
-    elif job == "ppo":
-        found |= {
-            "critic and optimizer": scalar * TRAINED,
-            "reference": whole * MASTER,
-            "reward model": scalar * MASTER,
-        }
-    else:
-        found["start"] = whole * MASTER
-    found["gradients"] = whole * MASTER
-    training = max((one for one in passes if one.backward), key=lambda one: one.rows * one.length)
-    return {name: int(size) for name, size in (found | _working(training, config, layout)).items()}
+        return {"model and optimizer": scalar * TRAINED, "start": scalar * MASTER}
+    found = {"model and optimizer": whole * TRAINED}
+    if job != "ppo":
+        return found | {"start": whole * MASTER}
+    return found | {
+        "critic and optimizer": scalar * TRAINED,
+        "reference": whole * MASTER,
+        "reward model": scalar * MASTER,
+    }
+
+
+def _held(config: Config, layout: Layout, workload: Workload) -> dict[str, float]:
+    """What sampling has beside the models."""
+    rows, tensor = workload.batch / layout.ways("batch"), layout.ways("heads")
+    table = config.vocab_size * config.hidden_size / tensor  # looked up in float32
+    weights = num_weights(config) / tensor * COMPUTE + table * (MASTER - COMPUTE)
+    layer = rows * workload.prompt_length * COMPUTE * _arrays(config, layout)
+    logits = rows * config.vocab_size * MASTER / layout.ways("vocab")
+    return {
+        "policy that samples": weights / layout.ways("embed_weight"),
+        "keys and values": _cache(config, layout, workload),
+        "activations": layer + logits,
+    }
 
 
 def _working(one: _Pass, config: Config, layout: Layout) -> dict[str, float]:
-    """What an update has beside weights: what layers keep, and the larger of what a layer and the head work with."""
+    """What an update has beside the models: gradients, what layers keep, and what a layer or the head works with."""
+    pieces = layout.ways("embed_weight") * layout.ways("heads") * layout.ways("stage")
+    gradients = num_weights(config) / pieces * MASTER
     stages, T, D = layout.ways("stage"), one.length, config.hidden_size
     rows = one.rows / layout.ways("batch") / layout.accumulate
     layers = config.num_layers / stages * _slots(config, layout)
@@ -314,9 +336,10 @@ def _working(one: _Pass, config: Config, layout: Layout) -> dict[str, float]:
         split = layout.ways("vocab")
         logits = min(rows * T * config.vocab_size * MASTER / split, PIECE_OF_LOGITS)
         logits += TABLES * D * config.vocab_size * COMPUTE / split
+    found = {"gradients": gradients, "activations": kept, "gathered weights": 0.0, "logits": logits}
     if stages > 1 or layer + weights > logits:  # a pipeline's weights are there all along
-        return {"activations": kept + layer, "gathered weights": weights, "logits": 0.0}
-    return {"activations": kept, "gathered weights": 0.0, "logits": logits}
+        found |= {"activations": kept + layer, "gathered weights": weights, "logits": 0.0}
+    return found
 
 
 def _kept(config: Config, layout: Layout) -> float:

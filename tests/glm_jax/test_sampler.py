@@ -99,6 +99,37 @@ def test_a_lent_policy_is_held_once_and_comes_back_bit_for_bit(
     assert loan.cost.num_bytes >= loan.there.num_bytes > 0 and loan.cost.seconds > 0
 
 
+@pytest.mark.parametrize(
+    ("training", "to"), [("2x1x2x2:circular", "1x2x1x4"), ("2x1x2x2:gpipe", None)]
+)
+def test_of_a_policy_that_computes_in_bfloat16_a_copy_is_lent(
+    odd: GLMConfig, training: str, to: str | None
+) -> None:
+    """Half as large, of the same answers; nothing comes back."""
+    config = dataclasses.replace(odd, compute_dtype="bfloat16")
+    layout = get_layout(training, 8)
+    generation = None if to is None else get_layout(to, 8)
+    with jax.set_mesh(layout.mesh()):
+        sample = Sampler(config, SAMPLING, (2,), layout, generation)
+        in_float32 = Sampler(odd, SAMPLING, (2,), layout, generation)
+        policy, prompts, key = _model(config, layout), layout.put(_prompts()), jax.random.key(1)
+        with sample.lend(policy) as loan:
+            lent = loan.policy
+            ours = sample.draw(lent, prompts, key)
+            dtypes = {name: w.dtype for name, w in named_weights(lent).items()}
+        moved = in_float32.enter(_model(odd, layout))
+        moved.trunk.config = config
+        theirs = sample.draw(moved, prompts, key)
+    assert loan.policy is policy and not any(w.is_deleted() for w in jax.tree.leaves(policy))
+    assert all(w.is_deleted() for w in jax.tree.leaves(lent))
+    assert loan.back == (0, 0.0)
+    assert loan.there.num_bytes < 0.6 * moved_bytes(policy, moved, layout, sample.generation)
+    kept = {name for name, dtype in dtypes.items() if dtype == "float32"}
+    assert kept == {name for name in dtypes if "norm" in name or "embedding" in name}
+    np.testing.assert_array_equal(ours.sequences.ids, theirs.sequences.ids)
+    np.testing.assert_array_equal(ours.logp, theirs.logp)
+
+
 def test_nothing_moves_where_both_layouts_split_alike(odd: GLMConfig) -> None:
     layout = Layout(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(layout.mesh()):

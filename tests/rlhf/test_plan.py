@@ -107,6 +107,22 @@ def test_of_ppo_drawing_answers_is_a_part() -> None:
     assert {"reference", "critic and optimizer", "reward model"} <= set(kept.memory)
 
 
+def test_the_memory_of_ppo_is_that_of_its_fullest_moment() -> None:
+    layout, work = parse_layout("1x1x256x1"), Workload(256, 512, 512)
+    sampling = parse_layout("1x64x1x4")
+    learning, drawing = (
+        rough("ppo", CHATGLM3, dataclasses.replace(layout, remat=remat), work, POD, sampling).memory
+        for remat in ("none", "full")
+    )
+    assert "gradients" in learning and "keys and values" not in learning
+    assert "gradients" not in drawing and sum(drawing.values()) < sum(learning.values())
+    # a quarter of a policy in bfloat16, of whose embedding rows are looked up in float32
+    held = (2 * num_weights(CHATGLM3) + 2 * 65024 * 4096) / 4
+    assert drawing["policy that samples"] == pytest.approx(held, rel=1e-6)
+    # of four rows 28 layers' keys and values; of the two groups of heads each shard has one
+    assert drawing["keys and values"] == 4 * 28 * 2 * 1024 * 128 * 2
+
+
 def program(**changes: Any) -> ProgramVerdict:
     fields: dict[str, Any] = {
         "name": "update",

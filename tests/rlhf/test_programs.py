@@ -177,6 +177,21 @@ def test_group_advantages_need_no_critic() -> None:
     assert (asked.ids.shape, seeds.shape) == ((ROWS // 4, PROMPT), (ROWS // 4, 4))
 
 
+def test_a_policy_that_computes_in_bfloat16_lies_beside_its_copy_that_samples() -> None:
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    layout, generation = Layout(fsdp=8), Layout(data=2, tensor=4)
+    with jax.set_mesh(layout.mesh()):
+        found = {p.name: p for p in programs("ppo", config, layout, ITERATION, generation, ppo=PPO)}
+        enter, draw = found["to generation"], found["generate"]
+        moved = jax.eval_shape(enter.function, *enter.args)
+    assert "to training" not in found
+    assert "policy" in draw.beside and "policy" not in enter.beside
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(moved)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(draw.args[0])
+    ]
+    assert {str(x.dtype) for x in jax.tree.leaves(moved)} == {"bfloat16", "float32"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["chatglm-6b", "glm-4-9b-0414"])
 @pytest.mark.parametrize("name", ["dp", "tp", "hsdp", "4x1x1x2:gpipe:2"])

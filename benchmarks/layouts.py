@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from glm_jax.config import PRESETS
 from rlhf.plan.page import report
 from rlhf.plan.plan import Task, plan, smallest
 from rlhf.programs import Workload
-from sharding.chips import CHIPS, GIB, find_pod
+from sharding.chips import CHIPS, GIB, Pod, find_pod
 from sharding.described import compiler_version, missing_compiler
 from sharding.disk.directory import write_json
 from sharding.errors import UserError
@@ -34,7 +34,7 @@ INTRO = """# Layouts of GLM-4-9B and GLM-4-32B
 Made by `JAX_PLATFORMS=cpu python benchmarks/layouts.py`, which asks the TPU compiler (libtpu {version}) about the ten
 layouts that the rough count likes best. GiB are the compiler's peak for a device, with what else is in its memory
 meanwhile; seconds are a walk of the compiled schedule (`sharding/schedule.py`); "roughly" is what shapes alone say, and
-by it the place of the fastest in the rough order. bfloat16 products, float32 weights and AdamW.
+by it the place of the fastest among those that fit by this count. bfloat16 products, float32 weights and AdamW.
 """
 
 
@@ -104,10 +104,8 @@ def section(task: Task, pod: str, found: Mapping[str, Any]) -> Iterator[str]:
             [row["layout"], row["remat"], *said, f"{seconds:.3f}", f"{memory / GIB:.2f}"]
             + ([row["generation_layout"] or "", share] if samples else [])
         )
-    steps = [sum(row["rough"]["seconds"].values()) for row in rows]
     if rows and rows[0]["fits"]:
-        place = 1 + sum(step < steps[0] for step in steps)
-        yield f"\nThe fastest is number {place} of the rough order."
+        yield f"\nThe fastest is number {_place(rows, find_pod(pod))} of those that roughly fit, in their rough order."
     out = "; ".join(f"{reason} ({count})" for reason, count in found["ruled_out"].items())
     yield f"\nRuled out of {found['candidates'] + sum(found['ruled_out'].values())} layouts: {out}.\n"
     least = found["smallest"]
@@ -116,6 +114,13 @@ def section(task: Task, pod: str, found: Mapping[str, Any]) -> Iterator[str]:
         f"The smallest pod that fits it: {least['pod']}, with {first['layout']}, remat {first['remat']}: "
         f"{first['peak_bytes'] / GIB:.2f} GiB a device."
     )
+
+
+def _place(rows: Sequence[Mapping[str, Any]], pod: Pod) -> int:
+    """Of the first row, where no compiler is asked and what roughly does not fit is left out."""
+    rough = [{kind: sum(of.values()) for kind, of in row["rough"].items()} for row in rows]
+    fitting = [x["seconds"] for x in rough if x["memory"] <= pod.chip.memory_bytes]
+    return 1 + sum(seconds < rough[0]["seconds"] for seconds in fitting)
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -263,7 +263,7 @@ def test_a_line_of_a_hundred_megabytes_is_passed_over_without_holding_it(tmp_pat
     ("content", "message"),
     [
         (b"\x1f\x8b\x08\x00damaged", "damaged gzip file"),
-        (gzip.compress(b'{"prompt": "a"}\n' * 9)[:-9], "damaged gzip file"),
+        (gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-9], "damaged gzip file"),
         (b'[{"prompt": "a"}\n, {', "data:2: malformed JSON"),
         (b'[{"prompt": "a"} {"prompt": "b"}]', "data:1: malformed JSON"),
         (b'[{"prompt": "\xff"}]', "not UTF-8"),

@@ -105,7 +105,7 @@ def section(task: Task, pod: str, found: Mapping[str, Any]) -> Iterator[str]:
             + ([row["generation_layout"] or "", share] if samples else [])
         )
     if rows and rows[0]["fits"]:
-        yield f"\nThe fastest is number {_place(rows, find_pod(pod))} of those that roughly fit, in their rough order."
+        yield f"\n{_place(rows, find_pod(pod))}"
     out = "; ".join(f"{reason} ({count})" for reason, count in found["ruled_out"].items())
     yield f"\nRuled out of {found['candidates'] + sum(found['ruled_out'].values())} layouts: {out}.\n"
     least = found["smallest"]
@@ -116,11 +116,14 @@ def section(task: Task, pod: str, found: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _place(rows: Sequence[Mapping[str, Any]], pod: Pod) -> int:
+def _place(rows: Sequence[Mapping[str, Any]], pod: Pod) -> str:
     """Of the first row, where no compiler is asked and what roughly does not fit is left out."""
     rough = [{kind: sum(of.values()) for kind, of in row["rough"].items()} for row in rows]
     fitting = [x["seconds"] for x in rough if x["memory"] <= pod.chip.memory_bytes]
-    return 1 + sum(seconds < rough[0]["seconds"] for seconds in fitting)
+    if (seconds := rough[0]["seconds"]) not in fitting:
+        return "The fastest does not fit by the rough count."
+    place = 1 + sum(x < seconds for x in fitting)
+    return f"The fastest is number {place} of those that roughly fit, in their rough order."
 
 
 def _row(cells: Iterable[str]) -> str:

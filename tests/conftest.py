@@ -42,8 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_programs() -> Iterator[None]:
-    """Forget compiled programs before there are too many: each takes some dozen memory maps, and XLA crashes
-    where Linux refuses it another (above 65,530 in a process).
+    """Forget compiled programs before there are too many: each takes memory maps, and XLA crashes where Linux
+    refuses it another (above 65,530 in a process).
     """
     yield
     maps = Path("/proc/self/maps")

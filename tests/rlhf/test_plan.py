@@ -19,7 +19,8 @@ from rlhf.plan.candidates import find, layouts
 from rlhf.plan.page import cells, plan_table, report, write_page
 from rlhf.plan.plan import Plan, Task, plan, smallest
 from rlhf.plan.recipe import write_recipe
-from rlhf.plan.rough import layer_weights, num_weights, rough
+from rlhf.plan.rough import rough
+from rlhf.plan.sizes import layer_weights, num_weights
 from rlhf.plan.verdict import ProgramVerdict, Request, Verdict, as_json, ask, from_json
 from rlhf.programs import Workload, programs
 from rlhf.recipe import Recipe, check

@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 from glm_jax.config import Config
 from rlhf.plan.candidates import Candidate, Found, find
-from rlhf.plan.verdict import Request, Verdict, ask
+from rlhf.plan.memo import ask_once
+from rlhf.plan.verdict import Request, Verdict
 from rlhf.programs import Workload
 from sharding.chips import Pod, pods
 from sharding.errors import UserError
@@ -154,7 +155,7 @@ def _ask_all(
     """Verdicts as they come; interrupted, those that came are kept in the cache."""
     with ThreadPoolExecutor(workers) as pool:
         waiting: dict[Future[Verdict], Candidate] = {
-            pool.submit(ask, _request(task, pod, one), cache): one for one in chosen
+            pool.submit(ask_once, _request(task, pod, one), cache): one for one in chosen
         }
         try:
             for done, future in enumerate(as_completed(waiting), 1):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from jax.sharding import Mesh
 
 from glm_jax.config import PRESETS, GLMConfig
 from rlhf.cli import main
+from rlhf.plan import memo, worker
 from rlhf.plan import plan as planning
-from rlhf.plan import worker
 from rlhf.plan.cache import Cache, Entry, cache_key
 from rlhf.plan.candidates import find, layouts
 from rlhf.plan.page import cells, plan_table, report, write_page
@@ -29,7 +30,7 @@ from sharding import described
 from sharding.chips import GIB, Pod, find_pod
 from sharding.described import compiler_version, missing_compiler
 from sharding.errors import UserError
-from sharding.layout import parse_layout, spell_layout
+from sharding.layout import Layout, parse_layout, spell_layout
 from sharding.pipeline import layer_slots, num_ticks
 
 CHATGLM3 = dataclasses.replace(PRESETS["chatglm3-6b"], compute_dtype="bfloat16")
@@ -148,7 +149,7 @@ def told(*verdicts: Verdict, top: int, monkeypatch: pytest.MonkeyPatch) -> Plan:
         asked.append(request)
         return next(waiting)
 
-    monkeypatch.setattr(planning, "ask", verdict)
+    monkeypatch.setattr(planning, "ask_once", verdict)
     return plan(TASK, POD, Path("nowhere"), top)
 
 
@@ -170,6 +171,48 @@ def test_the_compiler_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None
     assert rows[3][-1] == "the compiler failed: Aborted"
     assert [row["step_s"] for row in report(found)["layouts"]] == [1.25, 2.0, None, None]
     assert found.judged[2].step_s == found.judged[2].candidate.rough.step_s
+
+
+def test_what_was_asked_before_of_the_same_code_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, asked = Verdict((program(),), {"policy": GIB}), list[Request]()
+
+    def answer(request: Request, cache: Path) -> Verdict:
+        asked.append(request)
+        return found
+
+    monkeypatch.setattr(memo, "ask", answer)
+    first, other = (Request("sft", CHATGLM3, Layout(fsdp=n), None, WORK, POD) for n in (256, 128))
+    assert [memo.ask_once(one, tmp_path) for one in (first, first, other)] == [found] * 3
+    assert asked == [first, other]
+    broken = Verdict((), {}, "the compiler crashed (SIGKILL): choose another layout")
+    monkeypatch.setattr(memo, "ask", lambda request, cache: broken)
+    larger = dataclasses.replace(first, workload=Workload(1024, 1024, 1024))
+    assert memo.ask_once(larger, tmp_path) == broken  # by chance, perhaps
+    monkeypatch.setattr(memo, "ask", answer)
+    assert memo.ask_once(larger, tmp_path) == found
+
+
+def test_a_verdict_is_of_its_code_and_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request("sft", CHATGLM3, Layout(fsdp=256), None, WORK, POD)
+    keys: list[str] = []
+    for changed in (None, "glm_jax/model.py", "rlhf/sft.py", "sharding/deep/place.py"):
+        root = tmp_path / str(len(keys))
+        for name in ("glm_jax/model.py", "rlhf/sft.py", "sharding/deep/place.py"):
+            (root / name).parent.mkdir(parents=True)
+            (root / name).write_text("changed" if name == changed else "")
+        keys.append(memo.verdict_key(request, root))
+    monkeypatch.setenv("JAX_PLATFORMS", "another, which no compiler of plans is told")
+    assert memo.verdict_key(request, tmp_path / "0") == keys[0]
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_something=1")
+    keys.append(memo.verdict_key(request, tmp_path / "0"))
+    monkeypatch.setattr("importlib.metadata.distributions", list)
+    shutil.copytree(tmp_path / "0", tmp_path / "copy")
+    keys.append(memo.verdict_key(request, tmp_path / "copy"))
+    assert len(set(keys)) == len(keys) == 6
 
 
 def test_programs_for_other_gpus_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +404,7 @@ def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFix
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed"
 )
 def test_the_choice_is_within_five_percent_of_the_best_of_all_layouts(tmp_path: Path) -> None:
-    """Every layout of a small model on v5e:4x4 is compiled: 117 programs, an hour or two on two cores."""
+    """Every layout of a small model on v5e:4x4 is compiled: 117 programs, half an hour on two idle cores."""
     config = GLMConfig(2048, 512, 2, 4, 2, 128, 1408, compute_dtype="bfloat16")
     task, pod = Task("sft", "small", config, Workload(64, 256, 256)), find_pod("v5e:4x4")
     chosen = plan(task, pod, tmp_path, workers=2).best

@@ -16,9 +16,12 @@ if TYPE_CHECKING:  # importing it for real comes after the hook below
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
-# Much of the time goes to LLVM, whose third level is worth nothing in the few steps that a test runs. XLA's own passes,
-# like partitioning and fusion, are not touched. `make test-all` leaves LLVM its way.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=2")
+# Half the time went to making good CPU code of a few steps' worth. XLA's own passes, like partitioning and fusion, are
+# not touched; of what they give the elder emitter makes code, and LLVM leaves it as it is. `make test-all` has both as
+# users have them.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 # Before any module of ours is imported. With PEP 484's tower an int may stand for a float, as mypy has it.
 jaxtyping.install_import_hook(

@@ -11,9 +11,9 @@ demo: .venv/.installed
 test: lint
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
-# the last -m wins: the empty one selects the tests marked slow too; programs are compiled as users have them
+# the last -m wins: the empty one selects the tests marked slow too
 test-all: lint
-	XLA_FLAGS= $(BIN)/pytest -m ""
+	$(BIN)/pytest -m ""
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check

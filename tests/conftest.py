@@ -17,11 +17,8 @@ REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
 # Half the time went to making good CPU code of a few steps' worth. XLA's own passes, like partitioning and fusion, are
-# not touched; of what they give the elder emitter makes code, and LLVM leaves it as it is. `make test-all` has both as
-# users have them.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
+# not touched; of what they give the elder emitter makes code, and LLVM leaves it as it is.
+QUICK_CODE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 # Before any module of ours is imported. With PEP 484's tower an int may stand for a float, as mypy has it.
 jaxtyping.install_import_hook(
@@ -34,7 +31,12 @@ use_devices(8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile a program once and not in every test that uses it, nor in the next run of the tests."""
+    """Compile a program once and not in every test that uses it, nor in the next run of the tests.
+
+    The default tests are compiled quickly; where slow ones are asked for, all are as users have them.
+    """
+    if config.option.markexpr == "not slow":
+        os.environ.setdefault("XLA_FLAGS", QUICK_CODE)  # read when the first program is compiled
     if config.pluginmanager.hasplugin("cacheprovider"):
         assert config.cache is not None
         # a folder for every worker of pytest-xdist: JAX writes without a lock, and another might read half

@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,15 @@ def _few_programs() -> Iterator[None]:
     if maps.exists() and maps.read_text().count("\n") > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def users_code() -> Iterator[None]:
+    """From here to the module's end programs are compiled as users have them, for tests that see the last bits."""
+    options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=options))
+        yield
 
 
 @pytest.fixture(scope="session")

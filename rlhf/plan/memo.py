@@ -10,6 +10,7 @@ from pathlib import Path
 from rlhf.plan.verdict import Request, Verdict, as_json, ask, from_json
 from sharding.described import ENVIRONMENT
 from sharding.disk.directory import explained, write_json
+from sharding.disk.seal import digest
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("glm_jax", "rlhf", "sharding")
@@ -32,17 +33,15 @@ def ask_once(request: Request, cache: Path) -> Verdict:
 def verdict_key(request: Request, root: Path = _ROOT) -> str:
     """A hash of what a verdict depends on: what is asked, our code in `root`, what is installed, settings."""
     settings = {k: v for k, v in os.environ.items() if k.startswith(_SETTINGS)}
-    parts = (request, _code(root), sorted({**settings, **ENVIRONMENT}.items()))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    return _hash((request, _code(root), sorted({**settings, **ENVIRONMENT}.items())))
 
 
 @functools.cache
 def _code(root: Path) -> str:
     """A hash of every module of ours, and of the names and versions of all that is installed."""
-    modules = sorted(path for package in _PACKAGES for path in (root / package).rglob("*.py"))
-    found = hashlib.sha256()
-    for path in modules:
-        found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     installed = {(one.name, one.version) for one in importlib.metadata.distributions()}
-    found.update(repr(sorted(installed)).encode())
-    return found.hexdigest()
+    return _hash(([digest(root / package, "*.py") for package in _PACKAGES], sorted(installed)))
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]

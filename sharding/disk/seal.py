@@ -25,11 +25,14 @@ def seal(directory: Path) -> None:
     write_json(directory / NAME, files)
 
 
-def digest(directory: Path) -> str:
-    """SHA-256 of the names and contents of every file, for a directory that is not ours to seal. Raises UserError."""
+def digest(directory: Path, pattern: str = "*") -> str:
+    """SHA-256 of the names and contents of every file whose name matches, for a directory that is not ours to seal.
+
+    Raises UserError.
+    """
     found = hashlib.sha256()
     try:
-        for path in _files(directory):
+        for path in _files(directory, pattern):
             found.update(f"{path.relative_to(directory)} {hash_file(path)}\n".encode())
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
@@ -67,7 +70,7 @@ def broken(directory: Path) -> list[str]:
     return [*problems, *(f"{file} does not belong there" for file in new)]
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    for path in sorted(directory.rglob("*")):
+def _files(directory: Path, pattern: str = "*") -> Iterator[Path]:
+    for path in sorted(directory.rglob(pattern)):
         if path.is_file() and path.name not in (NAME, *LATER):
             yield path

@@ -21,8 +21,6 @@ LAYOUTS = (
     "4x1x2x1:circular:2:2",
     "8x1x1x1:circular:8:3",
 )
-# the last bits are compared in the code that users have: the quick code of tests rounds other shapes in other ways
-AS_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
@@ -32,13 +30,12 @@ def odd(request: pytest.FixtureRequest, small: GLMConfig, small_v1: GLMV1Config)
     return dataclasses.replace(config, num_layers=5, vocab_size=67)
 
 
+@pytest.mark.usefixtures("users_code")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_same_weights_are_drawn_under_every_layout(odd: Config, name: str) -> None:
     def draw(layout: Layout) -> dict[str, np.ndarray]:
         with jax.set_mesh(layout.mesh()):
-            model = jax.jit(partial(init_model, odd, layout), compiler_options=AS_USERS)(
-                jax.random.key(0)
-            )
+            model = jax.jit(partial(init_model, odd, layout))(jax.random.key(0))
             for path, w in named_weights(model).items():
                 spec = layout.spec(*axes_of(path, odd, layout))
                 assert w.sharding.spec == spec, path

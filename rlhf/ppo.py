@@ -73,6 +73,8 @@ class PPOConfig:
         True  # subtract the score of the SFT model's own answer to the prompt
     )
     sampling: SamplingConfig = SamplingConfig()
+    # iterations between checks by the doctor, beside the first two in which each model learns; 0: none
+    doctor_every: int = 0
     actor: OptimConfig = OptimConfig(learning_rate=1e-6)
     critic: OptimConfig = OptimConfig(learning_rate=2e-6)
 

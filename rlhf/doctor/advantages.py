@@ -1,52 +1,89 @@
-"""Checks of values and advantages."""
+"""Checks of values, advantages and returns."""
 
 import numpy as np
 
 from rlhf.doctor.evidence import Evidence
-from rlhf.doctor.finding import Finding, judged, worst
+from rlhf.doctor.finding import Finding, first_failure, judged, within, worst
+from rlhf.ppo import Experience
 
 
 def values(e: Evidence) -> Finding:
-    """A token's value is the critic's output before it was drawn."""
+    """A token's value is the critic's output before it was sampled."""
     if e.values is None or e.experience.values is None:
         return Finding("skip", "no critic")
-    before = np.pad(e.values[:, :-1], ((0, 0), (1, 0)))
-    return judged(
-        worst(e.experience.values, before, e.answers.sequences.target),
-        e.setting.tolerance,
-        "values of tokens and the critic's output before them",
-        "values are aligned to the wrong token: the critic must not have seen the token it is a baseline for",
+    pairs = [("values of tokens", e.experience.values, e.values)]
+    if e.probe is not None and e.probe.values is not None:
+        pairs.append(("values of another critic", e.probe.experience.values, e.probe.values))
+    return first_failure(
+        [
+            within(
+                (np.asarray(seen, np.float64) - own)[e.mask],
+                e.value_rounding,
+                f"{name} and the critic's output before them",
+                "values are aligned to the wrong token (the critic must not have seen the token it is a baseline "
+                "for), or are another model's",
+            )
+            for name, seen, own in pairs
+        ]
     )
 
 
 def advantages(e: Evidence) -> Finding:
-    """GAE, RLOO or GRPO of the shaped rewards, whitened over the whole batch if asked for."""
-    config, x, mask = e.setting.config, e.experience, e.answers.sequences.target
+    """GAE, RLOO or GRPO of the shaped rewards, whitened over the whole batch if asked for; returns beside them."""
+    found = [_advantages(e, e.experience)]
+    if e.probe is not None:
+        found.append(_advantages(e, e.probe.experience))
+    return first_failure(found)
+
+
+def _advantages(e: Evidence, x: Experience) -> Finding:
+    config, mask = e.setting.config, e.mask
     shaped = np.where(mask, x.shaped, 0.0).astype(np.float64)
+    findings = []
     if config.advantage == "gae":
-        assert x.values is not None
-        expected = _gae(
-            shaped, np.where(mask, x.values, 0.0), mask, config.gamma, config.gae_lambda
+        assert x.values is not None and x.returns is not None
+        old = np.where(mask, x.values, 0.0).astype(np.float64)
+        expected = _gae(shaped, old, mask, config.gamma, config.gae_lambda)
+        returns = np.where(mask, expected + old, 0.0)
+        size = max(1.0, float(np.abs(returns).max(initial=0.0)))
+        findings.append(
+            judged(
+                worst(x.returns, returns, mask) / size,
+                1e-4,
+                "returns and advantage plus value",
+                "returns are not the unwhitened advantage plus the critic's value. Possible causes: made of whitened "
+                "advantages (ppo.whiten), or with the next token's value",
+            )
         )
     else:
-        groups = shaped.sum(axis=1).reshape(-1, config.samples)
-        gaps = groups - groups.mean(axis=1, keepdims=True)
-        if config.advantage == "rloo":
-            gaps *= config.samples / (config.samples - 1)
-        else:
-            gaps /= np.sqrt(groups.var(axis=1, ddof=1, keepdims=True) + 1e-8)
-        expected = np.where(mask, gaps.reshape(-1, 1), 0.0)
+        expected = _grouped(e, shaped)
     counts = x.counts
     if config.whiten and counts.any():
         expected = (expected - expected[counts].mean()) / np.sqrt(expected[counts].var() + 1e-8)
     scale = max(1.0, float(np.abs(expected[counts]).max(initial=0.0)))
-    return judged(
-        worst(x.advantages, expected, counts) / scale,
-        1e-3,
-        f"advantages ({config.advantage}{', whitened' if config.whiten else ''}) and their recomputation",
-        "the estimate does not end with the answer, groups answers of different prompts (ppo.samples), or is whitened "
-        "per shard and not over the whole batch (ppo.whiten)",
+    findings.append(
+        judged(
+            worst(x.advantages, expected, counts) / scale,
+            1e-3,
+            f"advantages ({config.advantage}{', whitened' if config.whiten else ''}) and their recomputation",
+            "the estimate is another one. Possible causes: it does not end with the answer, groups answers of "
+            "different prompts (ppo.samples), is whitened per shard and not over the whole batch, or whitened again "
+            "(ppo.whiten)",
+        )
     )
+    return first_failure(findings)
+
+
+def _grouped(e: Evidence, shaped: np.ndarray) -> np.ndarray:
+    """RLOO or GRPO: an answer against the others to its prompt."""
+    config = e.setting.config
+    groups = shaped.sum(axis=1).reshape(-1, config.samples)
+    gaps = groups - groups.mean(axis=1, keepdims=True)
+    if config.advantage == "rloo":
+        gaps *= config.samples / (config.samples - 1)
+    else:
+        gaps /= np.sqrt(groups.var(axis=1, ddof=1, keepdims=True) + 1e-8)
+    return np.where(e.mask, gaps.reshape(-1, 1), 0.0)
 
 
 def _gae(

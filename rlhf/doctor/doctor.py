@@ -1,17 +1,17 @@
 """Watch iterations of PPO and check them."""
 
 from collections import Counter
-from collections.abc import Mapping
-from functools import partial
+from typing import Any
 
 import jax
+import numpy as np
 
-from glm_jax.scalar import apply_scalar
 from glm_jax.tokenizers import Tokenizer
-from glm_jax.train import to_host
 from rlhf.doctor.checks import OF_ROLLOUT, OF_UPDATE
-from rlhf.doctor.evidence import Learnt, Setting, gather
-from rlhf.doctor.finding import Finding
+from rlhf.doctor.evidence import Evidence, Keys, Readers, Setting, Table, gather
+from rlhf.doctor.finding import FLOAT32, Finding
+from rlhf.doctor.recorder import Losses, Recorder
+from rlhf.doctor.updates import Learnt, orders_of
 from rlhf.ppo import Models, PPOConfig
 from rlhf.ppo_iteration import (
     UNHEARD,
@@ -21,20 +21,22 @@ from rlhf.ppo_iteration import (
     Listener,
     Midway,
     current_models,
-    minibatches,
 )
 from sharding.errors import UserError
 from sharding.fingerprint import fingerprint
+from sharding.processes import together
 
 WORSE = ("skip", "pass", "warn", "fail")
-TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.1}
+LOOKS = 2  # iterations that are looked at from the first in which a role learns
+
+Print = tuple[int, int] | None  # of a pytree of arrays; None: its memory is gone
 
 
 class Doctor:
-    """An iteration that is looked at while it goes; does what `rlhf.ppo_iteration.Iteration` does, and finds out.
+    """Run iterations as `rlhf.ppo_iteration.Iteration` does, and check them.
 
-    Of several iterations a check keeps its worst finding. What it costs: once more through reward model and critic, and
-    a second experience with the padding on the other side; no memory beyond an experience.
+    Of several iterations a check keeps its worst finding. An iteration costs about twice as long: networks and
+    gradients are computed once more, with no memory beyond that of an experience and of a gradient.
     """
 
     def __init__(self, iterate: Iteration, setting: Setting, strict: bool) -> None:
@@ -43,9 +45,21 @@ class Doctor:
         self.setting = setting
         self.strict = strict
         self.findings: dict[str, Finding] = {}
-        self._apply = jax.jit(partial(apply_scalar, layout=iterate.layout))
-        self._start: Prints = {}
-        self._updates: Counter[str] = Counter()
+        self.looks = 0
+        self._readers = Readers(iterate)
+        self._losses = Losses(iterate)
+        self._start: dict[str, Print] = {}
+        self._probed: set[str] = set()
+        self._keys: list[tuple[int, ...]] = []
+        self._orders: list[np.ndarray] = []
+        self._tokens: np.ndarray | None = None  # of the answers looked at last, -1 elsewhere
+        self._left: tuple[int, dict[str, Print]] | None = None  # learners after an iteration
+
+    def due(self, number: int) -> bool:
+        """Whether to look at iteration `number`: the first two in which each role learns, and every n-th on demand."""
+        config = self.setting.config
+        first = number <= LOOKS or 0 < number - config.critic_warmup <= LOOKS
+        return first or bool(config.doctor_every and number % config.doctor_every == 0)
 
     def __call__(
         self,
@@ -55,64 +69,111 @@ class Doctor:
         key: jax.Array,
         actor_learns: bool = True,
         listener: Listener = UNHEARD,
+        number: int | None = None,
     ) -> tuple[Learners, dict[str, float], int]:
-        """The iteration. Raises UserError where it is strict and a check fails."""
-        sample_key, shuffle_key = jax.random.split(key)
-        iterate, before = self.iterate, _prints(models, learners)
-        self._start = self._start or before
-        learners, rolled_out = iterate.roll_out(learners, models, inputs, sample_key)
-        same = before["actor"] == before["reference"]
-        evidence = gather(
-            self.setting, iterate, self._apply, learners, models, inputs, rolled_out, same
+        """Run iteration `number` (default: one more than was looked at before).
+
+        Raises UserError where it is strict and a check fails.
+        """
+        number = self.looks + 1 if number is None else number
+        before = _prints(models, learners)
+        self._start = self._start or {x: before[x] for x in ("reference", "reward")}
+        roles = ["critic"] * (learners.critic is not None) + ["actor"] * actor_learns
+        probing = not self._probed.issuperset(roles)
+        recorder = Recorder(self.iterate, self._losses, probing)
+        words = tuple(np.asarray(jax.random.key_data(key)).reshape(-1).tolist())
+        keys = Keys(number, words, self._expected_key(number), tuple(self._keys))
+        found: list[Evidence] = []
+
+        def rolled_out(midway: Midway) -> None:
+            evidence = gather(
+                self.setting,
+                self._readers,
+                recorder,
+                inputs,
+                midway.rolled_out.figures,
+                before["actor"] == before["reference"],
+                self._tokens,
+                keys,
+                probing,
+            )
+            found.append(evidence)
+            for name, check in OF_ROLLOUT.items():
+                self._note(name, check(evidence))
+            self._conclude()
+
+        watching = _Watching(listener, rolled_out)
+        done = recorder.programs(learners, models, inputs, key, actor_learns, watching)
+        after = _prints(models, done[0])
+        evidence = found[0]._replace(
+            updates=tuple(recorder.updates), probes=tuple(recorder.probes)
         )
-        for name, check in OF_ROLLOUT.items():
-            self._note(name, check(evidence))
-        self._conclude()
-        learners, updates = iterate.learn(
-            learners,
-            Midway(rolled_out, []),
-            inputs.sft_batches,
-            shuffle_key,
-            actor_learns,
-            listener,
-        )
-        after = _prints(models, learners)
-        learn = [name for name in ("actor", "critic") if name in after]
-        self._updates.update(
-            {name: len(updates) for name in learn if name != "actor" or actor_learns}
-        )
-        learnt = Learnt(
-            next(minibatches(shuffle_key, self.setting.config)),
-            to_host(updates[0]),
-            {
-                name: None if after[name] is None else after[name] == before[name]
-                for name in ("reference", "reward")
-            },
-            {name: after[name] != self._start[name] for name in learn},
-            self._updates,
-        )
+        learnt = self._learnt(number, actor_learns, before, after, recorder, done[0].kl_coef)
         for name, examine in OF_UPDATE.items():
             self._note(name, examine(evidence, learnt))
         self._conclude()
-        return iterate.concluded(learners, rolled_out, updates)
+        self.looks += 1
+        self._probed.update(roles)
+        self._keys.append(words)
+        self._orders += orders_of(evidence)
+        ids, _, target = evidence.answers.sequences
+        self._tokens = np.where(target, ids, -1)
+        self._left = number, after
+        return done
+
+    def _expected_key(self, number: int) -> tuple[int, ...] | None:
+        if self.setting.key is None:
+            return None
+        folded = jax.random.key_data(jax.random.fold_in(self.setting.key, number))
+        return tuple(np.asarray(folded).reshape(-1).tolist())
+
+    def _learnt(
+        self,
+        number: int,
+        actor_learns: bool,
+        before: dict[str, Print],
+        after: dict[str, Print],
+        recorder: Recorder,
+        kl_coef: float,
+    ) -> Learnt:
+        config = self.setting.config
+        each = config.epochs * config.minibatches
+        carried: dict[str, bool] = {}
+        if self._left is not None and self._left[0] == number - 1:
+            left = self._left[1]
+            carried = {role: before[f"{role} state"] == left[f"{role} state"] for role in _roles(before)}
+        done: dict[str, int | None] = {"critic": (number - 1) * each}
+        done["actor"] = max(0, number - 1 - config.critic_warmup) * each
+        if config.stop_kl is not None and number > 1:
+            done = {"critic": None, "actor": None}
+        start, last = self._start, recorder.last
+        return Learnt(
+            actor_learns=actor_learns,
+            frozen={n: None if after[n] is None else after[n] == x for n, x in start.items()},
+            changed={role: after[role] != before[role] for role in _roles(before)},
+            carried=carried,
+            returned={role: after[f"{role} state"] == x for role, x in last.items()},
+            done=done,
+            kl_coef=kl_coef,
+            orders=tuple(self._orders),
+        )
 
     def _note(self, name: str, finding: Finding) -> None:
         known = self.findings.get(name)
-        # that something has changed at last is what counts, all else must hold every time
-        if (
-            known is None
-            or name == "learning"
-            or WORSE.index(finding.status) >= WORSE.index(known.status)
-        ):
+        if known is None or WORSE.index(finding.status) >= WORSE.index(known.status):
             self.findings[name] = finding
 
     def _conclude(self) -> None:
+        if self.strict:
+            together(self._require_health)  # processes may see different shards
+
+    def _require_health(self) -> None:
         failed = [
             f"{name}: {x.seen}; {x.advice}"
             for name, x in self.findings.items()
             if x.status == "fail"
         ]
-        if failed and self.strict:
+        if failed:
             raise UserError(f"the doctor stopped PPO: {' | '.join(failed)}")
 
     @property
@@ -127,25 +188,54 @@ class Doctor:
         return " | ".join([f"doctor: {counts['pass']} checks pass", *worries])
 
 
-Prints = dict[str, tuple[int, int] | None]  # of models by role; None: its memory is gone
+class _Watching(Listener):
+    """A listener that also calls back once the iteration is rolled out."""
+
+    def __init__(self, listener: Listener, rolled_out: Any) -> None:
+        self._listener = listener
+        self._rolled_out = rolled_out
+
+    def midway(self, learners: Learners, midway: Midway) -> None:
+        if not midway.updates:
+            self._rolled_out(midway)
+        self._listener.midway(learners, midway)
+
+    def skip(self, update: int, role: str, model: Any, batch: Any) -> bool:
+        return self._listener.skip(update, role, model, batch)
 
 
-def _prints(models: Models, learners: Learners) -> Prints:
-    found: Prints = {}
-    current = current_models(models, learners)
-    for name, model in current._asdict().items():
-        if model is None:
-            continue
-        try:
-            found[name] = fingerprint(model)
-        except (RuntimeError, ValueError):  # deleted, or donated, by an update
-            found[name] = None
+def _roles(prints: dict[str, Print]) -> list[str]:
+    return [role for role in ("actor", "critic") if role in prints]
+
+
+def print_of(tree: Any) -> Print:
+    """The fingerprint of a pytree of arrays; None where an update has freed one of them."""
+    try:
+        return fingerprint(tree)
+    except (RuntimeError, ValueError):  # deleted, or donated
+        return None
+
+
+def _prints(models: Models, learners: Learners) -> dict[str, Print]:
+    """Of every model by role, and of the whole state of those that learn."""
+    found = {
+        name: print_of(model)
+        for name, model in current_models(models, learners)._asdict().items()
+        if model is not None
+    }
+    for role in ("actor", "critic"):
+        if (state := getattr(learners, role)) is not None:
+            found[f"{role} state"] = print_of(state)
     return found
 
 
 def setting_of(
-    config: PPOConfig, tokenizer: Tokenizer, compute_dtype: str, trained: bool = True
+    config: PPOConfig,
+    tokenizer: Tokenizer,
+    trained: bool = True,
+    table: Table | None = None,
+    key: jax.Array | None = None,
 ) -> Setting:
-    """What a run's evidence is seen against; log-probabilities may differ by the rounding of the compute dtype."""
-    tolerance = TOLERANCE.get(compute_dtype, 1e-4)
-    return Setting(config, tokenizer.stop_ids, tokenizer.eos_id, tolerance, trained)
+    """Settings of a run, whose optimizers follow its recipe; limits follow the rounding that is measured."""
+    stops = tokenizer.stop_ids, tokenizer.eos_id
+    return Setting(config, *stops, FLOAT32, trained, True, table, key)

@@ -3,18 +3,19 @@
 import numpy as np
 
 from rlhf.doctor.evidence import Evidence
-from rlhf.doctor.finding import Finding, judged, worst
+from rlhf.doctor.finding import Finding, first_failure, judged, within, worst
+from rlhf.ppo import Experience
 
 
 def kl_at_the_start(e: Evidence) -> Finding:
     """A policy that is its reference is at a distance of 0 from it."""
     if not e.same:
         return Finding("skip", "the policy has moved away from its reference")
-    gap = worst(e.experience.logp, e.experience.ref_logp, e.answers.sequences.target)
-    gap = max(gap, abs(e.metrics["kl_exact"]))
-    return judged(
-        gap,
-        e.setting.tolerance,
+    gaps = (np.asarray(e.experience.logp, np.float64) - e.experience.ref_logp)[e.mask]
+    gaps = np.append(gaps, e.metrics["kl_exact"])
+    return within(
+        gaps,
+        e.logp_rounding,
         "log-probabilities of policy and reference, which are one model,",
         "the reference is scored at another temperature, support or padding than the policy (ppo.sampling), or is "
         "another model",
@@ -23,67 +24,106 @@ def kl_at_the_start(e: Evidence) -> Finding:
 
 def kl_estimators(e: Evidence) -> Finding:
     """k1 and k3 estimate the exact KL; k3 and the exact one are not negative."""
-    mask = e.answers.sequences.target
+    mask = e.mask
     log_ratio = np.where(
         mask, np.asarray(e.experience.logp, np.float64) - e.experience.ref_logp, 0.0
     )
     count = mask.sum()
     exact, k1 = e.metrics["kl_exact"], log_ratio.sum() / count
     k3 = np.where(mask, np.expm1(-log_ratio) + log_ratio, 0.0).sum() / count
+    own = float(np.where(mask, np.asarray(e.own.kl, np.float64), 0.0).sum() / count)
     # answers are independent, their tokens are not
     by_answer = (log_ratio - exact * mask).sum(axis=1)
     error = np.sqrt((by_answer**2).sum()) / count
+    rounding = e.logp_rounding.of_mean(np.ones(int(count)))
     seen = f"k1 {k1:.2e}, k3 {k3:.2e}, exact {exact:.2e} nats/token"
     advice = (
-        "the KL is not that of the distribution that answers are drawn from: log-probabilities, temperature or support "
-        "of policy and reference differ (ppo.sampling), or its sign is turned"
+        "the KL is not that of the distribution that answers are sampled from: log-probabilities, temperature or "
+        "support of policy and reference differ (ppo.sampling), or its sign is turned"
     )
     reported = abs(e.metrics["kl"] - k1) + abs(e.metrics["kl_k3"] - k3)
-    good = exact >= -1e-6 and abs(k1 - exact) <= 6 * error + 1e-6 and reported <= 1e-4
+    good = (
+        exact >= -1e-6
+        and abs(k1 - exact) <= 6 * error + rounding
+        and abs(own - exact) <= rounding
+        and reported <= 1e-4 * max(1.0, abs(k1), abs(k3))
+    )
     return Finding("pass", seen) if good else Finding("fail", seen, advice)
 
 
 def scores(e: Evidence) -> Finding:
-    """The reward model's output at the stop token of every answer, clamped."""
+    """Scores are the reward model's output at the token that closed its training examples, clamped."""
     clip = e.setting.config.score_clip
-    return judged(
-        worst(e.experience.scores, np.clip(e.scores, -clip, clip)),
-        e.setting.tolerance,
-        "scores and the reward model's output at the stop token",
-        "the score is read elsewhere than at the answer's end-of-turn token (answers that were cut off get one), or "
-        "not clamped to ppo.score_clip",
-    )
+    found = []
+    for name, x, own in (
+        ("scores", e.experience, e.scores),
+        *((("another model's scores", e.probe.experience, e.probe.scores),) if e.probe else ()),
+    ):
+        found.append(
+            within(
+                np.asarray(x.scores, np.float64) - np.clip(own, -clip, clip),
+                e.score_rounding,
+                f"{name} and the reward model's output at the end of the answer",
+                "the score is read elsewhere than at the token that closed the reward model's training examples (it "
+                "takes the place of any stop token, and follows an answer that was cut off), not clamped to "
+                "ppo.score_clip, or another model's",
+            )
+        )
+    return first_failure(found)
 
 
 def shaped_rewards(e: Evidence) -> Finding:
     """r_t = -beta log-ratio, and score - baseline on the last token: so an answer's sum is reward - beta KL."""
-    config, x, mask = e.setting.config, e.experience, e.answers.sequences.target
+    found = [_shaped(e, e.experience, e.baseline, e.kl_coef)]
+    if e.probe is not None:
+        found.append(_shaped(e, e.probe.experience, e.probe.baseline, e.probe.kl_coef))
+    return first_failure(found)
+
+
+def answer_rewards(e: Evidence, x: Experience, baseline: np.ndarray) -> np.ndarray:
+    """float64 [B], what the last token of each answer is paid."""
+    rewards = np.asarray(x.scores, np.float64) - baseline
+    if e.setting.config.truncated == "penalty":
+        rewards -= e.setting.config.truncation_penalty * ~e.answers.ended
+    return rewards
+
+
+def expected_shaped(
+    e: Evidence, x: Experience, baseline: np.ndarray, kl_coef: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shaped rewards of tokens, float64 [B, T], and the rewards of answers [B]."""
+    config, mask = e.setting.config, e.mask
     log_ratio = np.asarray(x.logp, np.float64) - x.ref_logp
     if config.kl.log_ratio_clip is not None:
         log_ratio = np.clip(log_ratio, -config.kl.log_ratio_clip, config.kl.log_ratio_clip)
-    beta = e.kl_coef if config.kl.place == "reward" else 0.0
+    beta = kl_coef if config.kl.place == "reward" else 0.0
     expected = np.where(mask, -beta * log_ratio, 0.0)
-    rewards = x.scores.astype(np.float64) - e.baseline
-    if config.truncated == "penalty":
-        rewards -= config.truncation_penalty * ~e.answers.ended
+    rewards = answer_rewards(e, x, baseline)
     last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
     expected[np.arange(len(last)), last] += rewards
+    return expected, rewards
+
+
+def _shaped(e: Evidence, x: Experience, baseline: np.ndarray, kl_coef: float) -> Finding:
+    expected, rewards = expected_shaped(e, x, baseline, kl_coef)
+    limit = 1e-4 * max(1.0, float(np.abs(rewards).max()))
     sums = worst(x.shaped.sum(axis=1), expected.sum(axis=1))
     finding = judged(
         max(sums, worst(x.shaped, expected)),
-        1e-4 * max(1.0, float(np.abs(rewards).max())),
+        limit,
         "shaped rewards and score - baseline - beta KL",
         "",
     )
     if finding.status == "pass":
         return finding
-    if sums <= 1e-4 * max(1.0, float(np.abs(rewards).max())):
+    if sums <= limit:
         return finding._replace(
             advice="an answer's rewards have the right sum on the wrong tokens: the score belongs on its last one"
         )
     return finding._replace(
-        advice="the reward is not score - baseline - beta KL: scores rounded to integers, another prompt's baseline "
-        "(ppo.reference_baseline), or the KL's sign or coefficient (ppo.kl.coef)"
+        advice="the reward is not score - baseline - beta KL. Possible causes: scores rounded to integers, another "
+        "prompt's baseline (ppo.reference_baseline), the truncation penalty (ppo.truncated), or the KL's sign, place "
+        "or coefficient (ppo.kl)"
     )
 
 

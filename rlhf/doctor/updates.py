@@ -1,53 +1,348 @@
-"""Checks of what the updates of an iteration did."""
+"""Checks of the updates of an iteration: losses, clips, gradients, minibatches, optimizers, and what must not change."""
 
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from rlhf.doctor.evidence import Evidence, Learnt
-from rlhf.doctor.finding import Finding, judged
+from glm_jax.optim import OptimConfig
+from rlhf.doctor.adamw import Arrays, follow, gradient_in, learning_rate
+from rlhf.doctor.evidence import Evidence
+from rlhf.doctor.finding import HEADROOM, Finding, Rounding, first_failure, judged, within
+from rlhf.doctor.recorder import Loss, Probed, Updated
+from rlhf.ppo import PPOConfig
+
+GRADIENT = 2e-3  # relative distance of two gradients in float32, sums of many terms that cancel
+FACTORIAL = 13  # rows from which on two equal orders are no accident
+
+
+class Learnt(NamedTuple):
+    """How an iteration left the models."""
+
+    actor_learns: bool
+    frozen: Mapping[str, bool | None]  # a frozen model is as at the start; None: its memory is gone
+    changed: Mapping[str, bool]  # a model that learns is another than before its updates
+    carried: Mapping[str, bool]  # a learner came as the iteration before had left it
+    returned: Mapping[str, bool]  # a learner is returned as its last update left it
+    done: Mapping[str, int | None]  # updates of each role before this iteration; None: not known
+    kl_coef: float  # of the next iteration
+    orders: tuple[np.ndarray, ...]  # of rows, in iterations looked at before
+
+
+def _of(e: Evidence, role: str) -> list[Updated]:
+    return [x for x in e.updates if x.role == role]
+
+
+def _sound(x: Updated) -> bool:
+    return math.isfinite(x.metrics["grad_norm"])
 
 
 def ratio(e: Evidence, learnt: Learnt) -> Finding:
     """The first update begins with the policy that sampled: its ratio is 1 at every token."""
-    if "ratio_max" not in learnt.first:
-        return Finding("skip", "the actor did not learn in the first update (ppo.critic_warmup)")
-    gap = max(abs(learnt.first[name] - 1.0) for name in ("ratio_mean", "ratio_max"))
-    return judged(
-        gap,
-        e.setting.tolerance,
-        "ratio of the first update and 1",
+    updates = _of(e, "actor")
+    if not updates:
+        return Finding("skip", "the actor did not learn (ppo.critic_warmup)")
+    first = updates[0].metrics
+    advice = (
         "the update computes other log-probabilities than those it is compared with: another temperature or support "
-        "(ppo.sampling), or rows that do not belong together",
+        "(ppo.sampling), or rows that do not belong together"
+    )
+    what = "of the first update and 1"
+    largest = math.expm1(min(e.logp_rounding.largest, 50.0))
+    mean = e.logp_rounding.of_mean(np.ones(max(1, int(updates[0].rows.counts.sum()))))
+    return first_failure(
+        [
+            judged(abs(first["ratio_max"] - 1.0), largest, f"largest ratio {what}", advice),
+            judged(abs(first["ratio_mean"] - 1.0), mean, f"mean ratio {what}", advice),
+        ]
     )
 
 
 def loss_normalisation(e: Evidence, learnt: Learnt) -> Finding:
-    """Losses are means over the answer tokens of the whole minibatch, however it is cut into shards and pieces."""
-    x, rows = e.experience, learnt.rows
-    counts = x.counts[rows]
-    number = max(1, int(counts.sum()))
+    """Parts of every update's loss are the doctor's: means over the whole minibatch, however it is cut."""
+    found = [_parts(e, x, 1.5, f"update {i + 1}") for i, x in enumerate(e.updates) if _sound(x)]
+    return first_failure(found or [Finding("skip", "no update")])
 
-    def mean(values: Any) -> float:
-        return float(np.where(counts, values[rows], 0.0).astype(np.float64).sum() / number)
 
-    gaps = []
-    if "policy_loss" in learnt.first:
-        gaps.append(abs(learnt.first["policy_loss"] + mean(x.advantages)))
-    if "value_loss" in learnt.first and x.values is not None and x.returns is not None:
-        squares = (x.values.astype(np.float64) - x.returns) ** 2
-        gaps.append(abs(learnt.first["value_loss"] - 0.5 * mean(squares)))
-    scale = max(1.0, float(np.abs(x.advantages[rows][counts]).max(initial=0.0)))
+def clips(e: Evidence, learnt: Learnt) -> Finding:
+    """Far from the policy that sampled, losses are clipped on the right side and no further."""
+    found = [_parts(e, x, 3.0, "a trial far from the policy") for x in e.probes]
+    return first_failure(found or [Finding("skip", "seen in an earlier iteration")])
+
+
+def _parts(e: Evidence, x: Updated | Probed, reach: float, where: str) -> Finding:
+    """`reach`: a bound of the ratio at most tokens."""
+    config, rows, own = e.setting.config, x.rows, x.own
+    counts = rows.counts
+    limits: dict[str, float] = {}
+    if x.role == "critic":
+        assert rows.values is not None and rows.returns is not None
+        off = np.abs(rows.values.astype(np.float64) - rows.returns)[counts]
+        limits["value_loss"] = e.value_rounding.of_mean(off + config.value_clip + 1.0)
+    else:
+        ones = np.ones(max(1, int(counts.sum())))
+        advantages = np.abs(rows.advantages[counts])
+        limits["policy_loss"] = e.logp_rounding.of_mean(reach * advantages)
+        limits["sft_loss"] = e.ref_rounding.of_mean(ones)
+        away = np.abs(rows.logp.astype(np.float64) - rows.ref_logp)[counts]
+        limits["kl_loss"] = e.logp_rounding.of_mean(away + 0.1)
+        limits["policy_entropy"] = e.logp_rounding.of_mean(4 * ones)
+    found = []
+    for name, limit in limits.items():
+        if name not in own.parts and name not in x.metrics:
+            continue
+        seen, expected = x.metrics.get(name, math.nan), own.parts.get(name, math.nan)
+        if x.precise is not None:
+            limit += HEADROOM * abs(x.precise.parts[name] - expected)
+        limit = max(limit, 1e-5 * abs(expected))
+        found.append(judged(_gap(seen, expected), limit, f"{name} of {where} and its recomputation", _ADVICE[name]))
+    found.append(_sum(config, x, where))
+    return first_failure(found)
+
+
+_MEANS = (
+    "it is a mean of means, of shards (layout) or of accumulated pieces (accumulate), or counts other tokens"
+)
+_ADVICE: Mapping[str, str] = {
+    "policy_loss": f"the ratio is clipped on the wrong side or further than ppo.clip_range, or {_MEANS}",
+    "value_loss": f"values are clipped on the wrong side or further than ppo.value_clip, or {_MEANS}",
+    "sft_loss": f"its sign is turned, or {_MEANS}",
+    "kl_loss": f"the KL is not k3 of the policy from the reference (but from the policy that sampled?), or {_MEANS}",
+    "policy_entropy": f"its sign is turned, its support another, or {_MEANS}",
+}
+
+
+def _gap(seen: float, expected: float) -> float:
+    gap = abs(seen - expected)
+    return gap if math.isfinite(gap) else math.inf
+
+
+def _sum(config: PPOConfig, x: Updated | Probed, where: str) -> Finding:
+    """The loss that is differentiated is the weighted sum of its reported parts."""
+    m = x.metrics
+    if x.role == "critic":
+        terms = {"value_loss": config.value_weight}
+    else:
+        terms = {"policy_loss": 1.0, "sft_loss": config.sft_weight}
+        terms |= {"kl_loss": config.kl.coef} if config.kl.place == "loss" else {}
+        terms |= {"policy_entropy": -config.entropy_weight} if config.entropy_weight else {}
+    total = sum(weight * m.get(name, math.nan) for name, weight in terms.items())
+    size = sum(abs(weight * m.get(name, math.nan)) for name, weight in terms.items())
+    spelt = " ".join(f"{weight:+g} {name}" for name, weight in terms.items())
     return judged(
-        max(gaps, default=0.0) / scale,
-        max(1e-4, e.setting.tolerance),
-        "losses of the first update and means over its tokens",
-        "a loss is a mean of means, of shards (layout) or of accumulated pieces (accumulate), or counts other tokens",
+        _gap(m["loss"], total),
+        1e-5 * max(size, 1e-3),
+        f"loss of {where} and {spelt}",
+        "a term has another weight or sign than its field says (ppo.sft_weight, ppo.entropy_weight, ppo.kl.coef, "
+        "ppo.value_weight)",
+    )
+
+
+def _distance(a: Arrays, b: Arrays, scale: float = 1.0) -> tuple[float, float]:
+    """Euclidean distance of two gradients and the norm of the second, times `scale`."""
+    gap = sum(float(((a[name] - scale * g) ** 2).sum()) for name, g in b.items())
+    norm = sum(float(((scale * g) ** 2).sum()) for g in b.values())
+    return math.sqrt(gap), math.sqrt(norm)
+
+
+def _doubt(own: Loss, precise: Loss | None) -> float:
+    """How far rounding in the compute dtype turns a gradient, relative to its norm."""
+    if precise is None:
+        return GRADIENT
+    gap, norm = _distance(own.gradient, precise.gradient)
+    return GRADIENT + HEADROOM * gap / max(norm, 1e-30)
+
+
+def gradient(e: Evidence, learnt: Learnt) -> Finding:
+    """What goes into the moments is the gradient of the doctor's own loss, clipped by its norm."""
+    found: list[Finding] = []
+    doubts: dict[str, float] = {}
+    advice = (
+        "the loss is not what is differentiated: a gradient that is stopped or flows where it should not, other rows "
+        "or weights, or another clip (ppo.actor.clip_norm)"
+    )
+    for x in e.probes:
+        doubt = _doubt(x.own, x.precise)
+        gap = abs(x.metrics["grad_norm"] - x.own.norm) / max(x.own.norm, 1e-12)
+        found.append(
+            judged(gap, doubt, f"gradient norms of the {x.role} far from the policy", advice)
+        )
+    for number, x in enumerate(e.updates):
+        if x.precise is not None or x.role not in doubts:
+            doubts[x.role] = _doubt(x.own, x.precise)
+        if not _sound(x) or x.own.norm < 1e-9:
+            continue
+        config = _optim(e, x.role)
+        clip = min(1.0, config.clip_norm / x.own.norm)
+        recovered = gradient_in(x.before, x.after, config)
+        gap, norm = _distance(recovered, x.own.gradient, clip)
+        # a difference of rounded moments
+        unsure = sum(
+            float(((np.abs(x.before.mean[n]) + np.abs(x.after.mean[n])) ** 2).sum())
+            for n in recovered
+        )
+        limit = doubts[x.role] * norm + 2**-22 * math.sqrt(unsure) / (1 - config.beta1)
+        found.append(
+            judged(
+                gap / max(norm, 1e-30),
+                limit / max(norm, 1e-30),
+                f"gradients of the {x.role} in update {number + 1} and their recomputation",
+                advice,
+            )
+        )
+    return first_failure(found or [Finding("skip", "no update")])
+
+
+def _optim(e: Evidence, role: str) -> OptimConfig:
+    config = e.setting.config
+    return config.actor if role == "actor" else config.critic
+
+
+def minibatches(e: Evidence, learnt: Learnt) -> Finding:
+    """Every epoch visits every row once, in an order of its own."""
+    config = e.setting.config
+    size = config.batch_size // config.minibatches
+    orders: list[np.ndarray] = []
+    for role in ("critic", "actor"):
+        visited = [x.index for x in _of(e, role)]
+        if not visited:
+            continue
+        wanted = config.epochs * config.minibatches
+        if len(visited) != wanted and config.stop_kl is None:
+            return Finding("fail", f"{len(visited)} updates of the {role}, not {wanted}", "ppo.epochs x ppo.minibatches")
+        for epoch in range(0, len(visited), config.minibatches):
+            rows = visited[epoch : epoch + config.minibatches]
+            order = np.concatenate(rows)
+            twice = len(order) - len(np.unique(order))
+            if twice or order.min() < 0 or order.max() >= config.batch_size:
+                return Finding(
+                    "fail",
+                    f"an epoch of the {role} visits {twice} rows twice",
+                    "minibatches are sampled with replacement: an epoch is a permutation of the batch",
+                )
+            if any(len(x) != size for x in rows):
+                return Finding("fail", f"a minibatch of the {role} has not {size} rows", "ppo.minibatches")
+            if len(rows) == config.minibatches and (role == "critic" or not _of(e, "critic")):
+                orders.append(order)
+    if not all(x.experience for x in e.updates):
+        return Finding("fail", "an update has another experience than the iteration's", "stale experience")
+    earlier = list(learnt.orders)
+    for order in orders:
+        same = any(np.array_equal(order, x) for x in earlier)
+        if same and config.batch_size >= FACTORIAL:
+            return Finding(
+                "fail",
+                "two epochs visit their rows in the same order",
+                "the key of the shuffle is not folded with the epoch or the iteration",
+            )
+        earlier.append(order)
+    if not e.updates:
+        return Finding("skip", "no update")
+    return Finding("pass", f"{len(orders)} epochs visit every row once, in orders of their own")
+
+
+def orders_of(e: Evidence) -> list[np.ndarray]:
+    """The order of rows in every whole epoch of an iteration."""
+    config = e.setting.config
+    role = "critic" if _of(e, "critic") else "actor"
+    visited = [x.index for x in _of(e, role)]
+    starts = range(0, len(visited) - config.minibatches + 1, config.minibatches)
+    return [np.concatenate(visited[i : i + config.minibatches]) for i in starts]
+
+
+def optimizer(e: Evidence, learnt: Learnt) -> Finding:
+    """Moments, steps and weights follow AdamW, with decay of matrices alone and the scheduled learning rate."""
+    found: list[Finding] = []
+    for role in ("critic", "actor"):
+        updates, done = _of(e, role), learnt.done[role]
+        lost = [name for name, same in learnt.carried.items() if name == role and not same]
+        if lost:
+            return Finding(
+                "fail",
+                f"the {role}'s weights or optimizer are not as the iteration before left them",
+                "moments, step or weights are lost between iterations",
+            )
+        for i, x in enumerate(updates):
+            if not _sound(x):
+                continue
+            found.append(_followed(e, x, f"update {i + 1} of the {role}", None if done is None else done + i))
+    return first_failure(found or [Finding("skip", "no update")])
+
+
+def _followed(e: Evidence, x: Updated, where: str, done: int | None) -> Finding:
+    """`done`: updates of the role before this one, where that is known."""
+    config = e.setting.config
+    optim = _optim(e, x.role)
+    if done is not None and x.before.step != done:
+        return Finding(
+            "fail",
+            f"{where} is number {x.before.step + 1} of its state, and should be {done + 1}",
+            "steps are counted in iterations, or lost between them",
+        )
+    ahead = {after - before for before, after in zip(x.before.counts, x.after.counts, strict=True)}
+    if x.after.step != x.before.step + 1 or ahead != {1}:
+        return Finding("fail", f"{where} counts as {sorted(ahead)} steps", "an update is one step")
+    iterations = config.iterations - (config.critic_warmup if x.role == "actor" else 0)
+    total = max(1, iterations * config.epochs * config.minibatches)
+    number = min(x.after.counts)
+    rate = learning_rate(optim, number, total) if e.setting.scheduled else optim.learning_rate
+    followed = follow(x.before, x.after, optim, rate, number)
+    if not e.setting.scheduled:
+        rate *= followed.rate
+        followed = follow(x.before, x.after, optim, rate, number)
+    name = max(followed.moments, key=lambda n: followed.moments[n])
+    if not followed.moments[name] <= 1.0:
+        return Finding(
+            "fail",
+            f"the second moment of {name} after {where} is not beta2 v + (1 - beta2) g^2",
+            "moments are lost between updates, or beta1 and beta2 differ from the optimizer's fields",
+        )
+    if e.setting.scheduled and not abs(followed.rate - 1.0) <= 1e-2:
+        return Finding(
+            "fail",
+            f"{where} takes {followed.rate:.3f} of the learning rate {rate:.3g}",
+            "the schedule is another: counted in iterations, over updates in which the role does not learn, or begun "
+            f"anew (ppo.{x.role})",
+        )
+    name = max(followed.decay, key=lambda n: followed.decay[n], default="")
+    if name and not followed.decay[name] <= 1.0:
+        return Finding(
+            "fail",
+            f"{where} shrinks {name} by another weight decay than it should",
+            "weight decay applies to matrices and embeddings, not to norms and biases (weight_decay)",
+        )
+    name = max(followed.step, key=lambda n: followed.step[n])
+    if not followed.step[name] <= 1.0:
+        return Finding(
+            "fail",
+            f"{where} moves {name} by another step than AdamW's ({followed.step[name]:.1f} times the limit)",
+            "epsilon inside the root, no correction of the moments' bias, or another epsilon (eps)",
+        )
+    return Finding("pass", f"moments and weights follow AdamW at {rate:.3g}")
+
+
+def kl_coefficient(e: Evidence, learnt: Learnt) -> Finding:
+    """The next KL coefficient rises where the KL is above its target, and falls where it is below."""
+    config = e.setting.config
+    kl, expected = config.kl, e.kl_coef
+    if kl.target is not None and learnt.actor_learns:
+        count = e.mask.sum()
+        log_ratio = np.asarray(e.experience.logp, np.float64) - e.experience.ref_logp
+        seen = float(np.where(e.mask, log_ratio, 0.0).sum() / count)
+        error = float(np.clip(seen / kl.target - 1.0, -0.2, 0.2))
+        expected *= 1.0 + error * min(1.0, config.batch_size / kl.horizon)
+    return judged(
+        abs(learnt.kl_coef - expected) / max(expected, 1e-12),
+        1e-5,
+        "the next KL coefficient and its recomputation, relatively,",
+        "it adapts the wrong way, without a target, or while the actor does not learn (ppo.kl.target, "
+        "ppo.critic_warmup)",
     )
 
 
 def frozen(e: Evidence, learnt: Learnt) -> Finding:
-    """Updates leave the reference and the reward model as they were, bit for bit."""
+    """Updates leave the reference and the reward model as they were at the start of the run, bit for bit."""
     gone = [name for name, same in learnt.frozen.items() if same is None]
     changed = [name for name, same in learnt.frozen.items() if same is False]
     if gone:
@@ -57,17 +352,31 @@ def frozen(e: Evidence, learnt: Learnt) -> Finding:
         return Finding("fail", f"the memory of {' and '.join(gone)} is gone", advice)
     if changed:
         advice = "it must not learn: the KL would be measured from a moving target"
-        return Finding("fail", f"{' and '.join(changed)} changed in training", advice)
+        return Finding(
+            "fail", f"{' and '.join(changed)} changed since the start of the run", advice
+        )
     return Finding("pass", f"{' and '.join(learnt.frozen)} are what they were, bit for bit")
 
 
 def learning(e: Evidence, learnt: Learnt) -> Finding:
-    """What is to learn has changed."""
-    # the first update of a warm-up has a learning rate of 0
-    ready = [name for name in learnt.changed if learnt.updates.get(name, 0) > 1]
-    still = [name for name in ready if not learnt.changed[name]]
+    """What is to learn has changed, and what is not has not."""
+    ready = [role for role in learnt.changed if any(map(_sound, _of(e, role)))]
+    still = [role for role in ready if not learnt.changed[role]]
+    idle = [role for role, new in learnt.changed.items() if new and not _of(e, role)]
+    lost = [role for role, same in learnt.returned.items() if not same]
+    if idle:
+        return Finding("fail", f"{' and '.join(idle)} changed without an update", "ppo.critic_warmup")
+    if lost:
+        return Finding(
+            "fail",
+            f"{' and '.join(lost)} is not returned as its last update left it",
+            "the result of an update is dropped",
+        )
     if not ready:
-        return Finding("skip", "too few updates to tell")
+        failed = [role for role in learnt.changed if _of(e, role)]
+        if failed:
+            return Finding("fail", f"{' and '.join(failed)} did not change in training", "no gradient is finite")
+        return Finding("skip", "nothing learns")
     if not still:
         return Finding("pass", f"{' and '.join(ready)} changed")
     advice = "its learning rate is 0 (ppo.actor, ppo.critic) or its gradient is"

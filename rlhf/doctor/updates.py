@@ -63,8 +63,7 @@ def frozen(e: Evidence, learnt: Learnt) -> Finding:
 
 def learning(e: Evidence, learnt: Learnt) -> Finding:
     """What is to learn has changed."""
-    # the first update of a warm-up has a learning rate of 0
-    ready = [name for name in learnt.changed if learnt.updates.get(name, 0) > 1]
+    ready = [name for name in learnt.changed if learnt.updates.get(name, 0)]
     still = [name for name in ready if not learnt.changed[name]]
     if not ready:
         return Finding("skip", "too few updates to tell")

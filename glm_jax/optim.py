@@ -1,35 +1,65 @@
 """Optimizers as optax chains."""
 
 import dataclasses
+import math
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
+
+from sharding.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay (betas and clip of the paper's later public code)."""
 
-    learning_rate: float = 1e-3  # peak
-    warmup_fraction: float = 0.03  # of all steps
-    final_fraction: float = 0.1  # learning rate at the end, as a share of the peak
+    learning_rate: float = 1e-3  # peak; 0 trains nothing
+    # share of the updates with a rising learning rate; 0: the first update has the peak, 1: the last one
+    warmup_fraction: float = 0.03
+    final_fraction: float = 0.1  # learning rate of the last update, as a share of the peak
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8  # added to the root of the second moment
     clip_norm: float = 1.0  # of the global gradient norm
 
+    def __post_init__(self) -> None:
+        for name, fits, values in (
+            ("learning_rate", 0.0 <= self.learning_rate < math.inf, "0 or a positive number"),
+            ("warmup_fraction", 0.0 <= self.warmup_fraction <= 1.0, "0 to 1"),
+            ("final_fraction", 0.0 <= self.final_fraction <= 1.0, "0 to 1"),
+            ("weight_decay", 0.0 <= self.weight_decay < math.inf, "0 or a positive number"),
+            ("beta1", 0.0 <= self.beta1 < 1.0, "0 or more and less than 1"),
+            ("beta2", 0.0 <= self.beta2 < 1.0, "0 or more and less than 1"),
+            ("eps", 0.0 < self.eps < math.inf, "a positive number"),
+            ("clip_norm", self.clip_norm > 0.0, "a positive number; inf clips nothing"),
+        ):
+            if not fits:
+                raise UserError(
+                    f"optimizer: {name} = {getattr(self, name)} is out of range: give {values}"
+                )
 
-def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Step -> learning rate: linear up over the warm-up, cosine down to the final fraction at `num_steps`."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=max(1, round(config.warmup_fraction * num_steps)),
-        decay_steps=max(2, num_steps),
-        end_value=config.final_fraction * config.learning_rate,
-    )
+
+def learning_rate(config: OptimConfig, num_updates: int) -> optax.Schedule:
+    """Updates done so far -> learning rate of the next one, of `num_updates` in all.
+
+    Of n updates the first w = round(warmup_fraction n) warm up: update k has peak k / w for k <= w, then a cosine falls
+    from the peak to final_fraction peak at k = n. With w = 0 the first update has the peak. Later updates are like
+    the last.
+    """
+    n = max(1, num_updates)
+    w = max(1, round(config.warmup_fraction * n))
+
+    def schedule(done: ArrayLike) -> jax.Array:
+        k = jnp.minimum(jnp.asarray(done) + 1, n)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * (k - w) / max(1, n - w)))
+        falling = config.final_fraction + (1 - config.final_fraction) * cosine
+        return config.learning_rate * jnp.where(k <= w, k / w, falling)
+
+    return schedule
 
 
 def decayed(params: nnx.Module) -> nnx.Module:
@@ -42,12 +72,12 @@ def decayed(params: nnx.Module) -> nnx.Module:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, num_updates: int) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW (Loshchilov & Hutter 2019) on the schedule of `learning_rate`."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            learning_rate(config, num_steps),
+            learning_rate(config, num_updates),
             b1=config.beta1,
             b2=config.beta2,
             eps=config.eps,

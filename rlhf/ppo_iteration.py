@@ -94,10 +94,6 @@ class Listener:
 UNHEARD = Listener()
 
 
-Step = Callable[
-    [Learners, Models, Inputs, jax.Array, bool, Listener], tuple[Learners, dict[str, float], int]
-]
-
 # metrics that both roles have, and their names in those of an iteration where they are the critic's
 OF_CRITIC = {"loss": "critic_loss", "grad_norm": "critic_grad_norm"}
 _taken = jax.jit(take_rows)

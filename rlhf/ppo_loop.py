@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from glm_jax.scalar import ScalarModel
 from glm_jax.train import Report, init_state, to_host
 from rlhf.ppo import Models, PPOConfig
 from rlhf.ppo_iteration import (
+    UNHEARD,
     Inputs,
     Iteration,
     Learners,
@@ -26,7 +27,6 @@ from rlhf.ppo_iteration import (
     Measure,
     Midway,
     RolledOut,
-    Step,
     make_iteration,
 )
 from sharding.layout import Layout
@@ -43,21 +43,21 @@ def train_ppo(
     key: jax.Array,
     layout: Layout,
     report: Report,
-    watched: Callable[[Iteration], Step] | None = None,
+    watched: Callable[[Iteration], "Watch"] | None = None,
     measure: Measure | None = None,
     keeper: Keeper = NOTHING_KEPT,
 ) -> tuple[CausalLM, ScalarModel | None]:
     """Actor and critic after `config.iterations` iterations; `baseline` holds r(x, y_ref) by prompt index (or 0).
 
-    Batches of `prompts` have config.batch_size / config.samples rows. What `watched` makes of the iteration does the
-    first two in its place. `keeper` hears of every iteration, and within those that are not watched of every update; it
-    may leave updates out whose gradient is not finite, which are numbered through all iterations.
+    Batches of `prompts` have config.batch_size / config.samples rows. What `watched` makes of the iteration runs those
+    that are due in its place. `keeper` hears of every iteration, and within those that are not watched of every update;
+    it may leave updates out whose gradient is not finite, which are numbered through all iterations.
     """
     config.check(layout, sample.generation)
     updates = config.iterations * config.epochs * config.minibatches
     optimizers = (make_optimizer(config.actor, updates), make_optimizer(config.critic, updates))
     iterate = make_iteration(config, optimizers, sample, stop_id, layout, measure)
-    closely = iterate if watched is None else watched(iterate)
+    watch = None if watched is None else watched(iterate)
     saves = _Saves(keeper, iterate, models, optimizers)
     learners, midway = saves.restored()
     for number in range(keeper.count + 1, config.iterations + 1):
@@ -70,14 +70,34 @@ def train_ppo(
         else:
             batch = next(prompts)
             inputs = Inputs(batch, baseline[np.asarray(batch.row)], sft_batches)
-            if watched is not None and number <= 2:
-                done = closely(learners, models, inputs, stream, learns, _Skipping(saves, number))
+            if watch is not None and watch.due(number):
+                skipping = _Skipping(saves, number)
+                done = watch(learners, models, inputs, stream, learns, skipping, number)
             else:
                 done = iterate(learners, models, inputs, stream, learns, listener)
         learners, metrics, tokens = done
         report(number, metrics, tokens)
         saves.keep(number, learners, metrics)
     return learners.actor.model, None if learners.critic is None else learners.critic.model
+
+
+class Watch(Protocol):
+    """Runs iterations under observation."""
+
+    def due(self, number: int) -> bool:
+        """Whether iteration `number` is to be observed."""
+
+    def __call__(
+        self,
+        learners: Learners,
+        models: Models,
+        inputs: Inputs,
+        key: jax.Array,
+        actor_learns: bool = True,
+        listener: Listener = UNHEARD,
+        number: int | None = None,
+    ) -> tuple[Learners, dict[str, float], int]:
+        """Run iteration `number` as `Iteration` does."""
 
 
 class _Skipping(Listener):

@@ -21,9 +21,10 @@ from rlhf.card.page import write_card
 from rlhf.data.batches import prompt_rows, sft_rows, shuffled
 from rlhf.data.records import Splits, prompt_text
 from rlhf.doctor.doctor import Doctor, setting_of
+from rlhf.doctor.evidence import Table
 from rlhf.evaluate import Judge, load_judge
 from rlhf.ppo import Models
-from rlhf.ppo_iteration import Iteration, Measure, Step
+from rlhf.ppo_iteration import Iteration, Measure
 from rlhf.ppo_loop import train_ppo
 from rlhf.progress import NOT_KEPT, Progress
 from rlhf.recipe import Recipe
@@ -225,18 +226,21 @@ class PPORun(BaseRun):
         training = Training("ppo", iterators, every, MOMENTS, best="reward")
         with self.train(training, config.iterations) as (stage, keeper):
             doctors: list[Doctor] = []
+            key = self.key("ppo")
 
             def report(step: int, metrics: Mapping[str, float], tokens: int) -> None:
                 history.append(metrics)
                 stage.step(step, metrics, tokens)
-                if doctors and step == min(2, config.iterations):
+                last = (
+                    step == config.iterations or not doctors[0].due(step + 1) if doctors else False
+                )
+                if last and doctors[0].due(step):
                     self.log.note(doctors[0].summary)
 
-            def watched(iterate: Iteration) -> Step:
-                if not self.recipe.doctor:
-                    return iterate
-                dtype = sft.trunk.config.compute_dtype
-                doctors.append(Doctor(iterate, setting_of(config, self.tokenizer, dtype), True))
+            def watched(iterate: Iteration) -> Doctor:
+                table = Table(self.data.prompts.ids, self.data.prompts.valid, baseline)
+                setting = setting_of(config, self.tokenizer, table=table, key=key)
+                doctors.append(Doctor(iterate, setting, strict=True))
                 return doctors[0]
 
             actor, critic = train_ppo(
@@ -247,10 +251,10 @@ class PPORun(BaseRun):
                 baseline,
                 self.samplers["ppo"],
                 self.tokenizer.eos_id,
-                self.key("ppo"),
+                key,
                 self.layout,
                 report,
-                watched,
+                watched if self.recipe.doctor else None,
                 self.measure(),
                 keeper,
             )

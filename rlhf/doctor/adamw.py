@@ -56,7 +56,9 @@ def learning_rate(config: OptimConfig, update: int, total: int) -> float:
     if update <= warm:
         return config.learning_rate * update / warm
     done = (min(update, total) - max(1, warm)) / max(1, total - max(1, warm))
-    share = config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
+    share = config.final_fraction + (1 - config.final_fraction) * 0.5 * (
+        1 + math.cos(math.pi * done)
+    )
     return config.learning_rate * share
 
 

@@ -22,13 +22,18 @@ def inputs(e: Evidence) -> Finding:
             f"{int(differ.any(axis=1).sum())} answers do not follow their prompt (first: row {row})",
             "answers come back in another order, or ppo.samples answers of a prompt do not stand side by side",
         )
-    baseline = np.repeat(e.inputs.baseline, config.samples)
-    if not np.array_equal(baseline, e.baseline):
-        row = int(np.flatnonzero(baseline != e.baseline)[0])
+    if not np.array_equal(e.baseline, e.passed_baseline):
+        row = int(np.flatnonzero(e.baseline != e.passed_baseline)[0])
         return Finding(
             "fail",
-            f"the baseline of answer {row} is {e.baseline[row]:.4g}, of its prompt {baseline[row]:.4g}",
+            f"the baseline of answer {row} is {e.passed_baseline[row]:.4g}, of its prompt {e.baseline[row]:.4g}",
             "another prompt's baseline (ppo.reference_baseline)",
+        )
+    if e.strangers:
+        return Finding(
+            "fail",
+            f"the experience is made with another {' and '.join(e.strangers)} than the run holds",
+            "models are mixed up: a reference that is the policy or follows it, a stale policy",
         )
     if e.keys.now in e.keys.before:
         return Finding(
@@ -227,9 +232,7 @@ def padding(e: Evidence) -> Finding:
     if e.values is not None and there.values is not None:
         parts.append(("values", (np.asarray(there.values, np.float64) - e.values)[mask]))
         roundings.append(e.value_rounding)
-    advice = (
-        "padding changes what the model sees: positions count it, or attention reads it, or the score is read at it"
-    )
+    advice = "padding changes what the model sees: positions count it, or attention reads it, or the score is read at it"
     return first_failure(
         [
             within(gaps, rounding, f"{name} with padding on the left and on the right", advice)

@@ -86,13 +86,17 @@ class Doctor:
         found: list[Evidence] = []
 
         def rolled_out(midway: Midway) -> None:
+            assert recorder.seen is not None
+            given = {n: print_of(x) for n, x in recorder.seen[0]._asdict().items() if x is not None}
             evidence = gather(
                 self.setting,
                 self._readers,
                 recorder,
+                models,
                 inputs,
                 midway.rolled_out.figures,
                 before["actor"] == before["reference"],
+                [name for name, x in given.items() if x != before.get(name)],
                 self._tokens,
                 keys,
                 probing,
@@ -105,9 +109,7 @@ class Doctor:
         watching = _Watching(listener, rolled_out)
         done = recorder.programs(learners, models, inputs, key, actor_learns, watching)
         after = _prints(models, done[0])
-        evidence = found[0]._replace(
-            updates=tuple(recorder.updates), probes=tuple(recorder.probes)
-        )
+        evidence = found[0]._replace(updates=tuple(recorder.updates), probes=tuple(recorder.probes))
         learnt = self._learnt(number, actor_learns, before, after, recorder, done[0].kl_coef)
         for name, examine in OF_UPDATE.items():
             self._note(name, examine(evidence, learnt))
@@ -141,7 +143,9 @@ class Doctor:
         carried: dict[str, bool] = {}
         if self._left is not None and self._left[0] == number - 1:
             left = self._left[1]
-            carried = {role: before[f"{role} state"] == left[f"{role} state"] for role in _roles(before)}
+            carried = {
+                role: before[f"{role} state"] == left[f"{role} state"] for role in _roles(before)
+            }
         done: dict[str, int | None] = {"critic": (number - 1) * each}
         done["actor"] = max(0, number - 1 - config.critic_warmup) * each
         if config.stop_kl is not None and number > 1:

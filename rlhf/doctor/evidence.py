@@ -1,7 +1,7 @@
 """An iteration of PPO on the host, beside the doctor's own readings of the same networks."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,9 +34,13 @@ class Setting(NamedTuple):
     config: PPOConfig
     stop_ids: tuple[int, ...]
     stop_id: int  # token that closed the reward model's training examples
-    tolerance: float = FLOAT32  # of log-probabilities and scores at a temperature of 1: rounding of float32
+    tolerance: float = (
+        FLOAT32  # of log-probabilities and scores at a temperature of 1: rounding of float32
+    )
     trained: bool = True  # whether policy and reward model have learnt anything
-    scheduled: bool = False  # whether the optimizers follow ppo.actor and ppo.critic over ppo.iterations
+    scheduled: bool = (
+        False  # whether the optimizers follow ppo.actor and ppo.critic over ppo.iterations
+    )
     table: Table | None = None  # None: prompts are taken as given
     key: Any = None  # of PPO's random numbers; None: keys of iterations are taken as given
 
@@ -49,7 +53,9 @@ class Evidence(NamedTuple):
     same: bool  # whether the policy still is its reference
     inputs: Inputs
     answers: Generation
-    baseline: np.ndarray  # float32 [B], that the experience was given
+    baseline: np.ndarray  # float32 [B], of each answer's prompt
+    passed_baseline: np.ndarray  # float32 [B], that the experience was given
+    strangers: tuple[str, ...]  # roles whose model the experience was given and should not have been
     experience: Experience  # without its support
     has_support: bool
     metrics: Mapping[str, float]
@@ -60,7 +66,9 @@ class Evidence(NamedTuple):
     ref_rounding: Rounding
     score_rounding: Rounding
     value_rounding: Rounding
-    turned: Experience | None  # the same answers with the padding on the other side; None: there is none
+    turned: (
+        Experience | None
+    )  # the same answers with the padding on the other side; None: there is none
     probe: "Probe | None"
     others: Mapping[str, tuple[np.ndarray, np.ndarray]]  # stream -> its tokens and where they count
     keys: "Keys"
@@ -150,16 +158,24 @@ def gather(
     setting: Setting,
     readers: Readers,
     recorder: Recorder,
+    frozen: Models,
     inputs: Inputs,
     metrics: Mapping[str, float],
     same: bool,
+    strangers: Sequence[str],
     before: np.ndarray | None,
     keys: Keys,
     probing: bool,
 ) -> Evidence:
-    """The evidence of what was rolled out; `before`: the answers' tokens of the iteration looked at before."""
+    """The evidence of what was rolled out.
+
+    `frozen` has the reference and the reward model as the run holds them, `strangers` the roles whose model the
+    experience was given and should not have been; `before`: tokens of the answers that were looked at last.
+    """
     assert recorder.seen is not None and recorder.experience is not None
-    models, answers, baseline, kl_coef = recorder.seen
+    given, answers, passed, kl_coef = recorder.seen
+    models = given._replace(reference=frozen.reference, reward=frozen.reward)
+    baseline = np.repeat(np.asarray(inputs.baseline), setting.config.samples)
     experience, sampling = recorder.experience, setting.config.sampling
     host: Generation = fetch(answers)
     recorded: Experience = fetch(experience._replace(support=None))
@@ -204,6 +220,8 @@ def gather(
         inputs=Inputs(fetch_rows(inputs.prompts), np.asarray(inputs.baseline), inputs.sft_batches),
         answers=host,
         baseline=baseline,
+        passed_baseline=passed,
+        strangers=tuple(strangers),
         experience=recorded,
         has_support=experience.support is not None,
         metrics=metrics,

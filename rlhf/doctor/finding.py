@@ -36,7 +36,7 @@ class Rounding(NamedTuple):
         """Limit of an error in the mean of n terms, of which term i is `weights`[i] times a quantity."""
         if not len(weights):
             return self.floor
-        typical = float(np.sqrt(np.mean(self.gaps**2, initial=0.0))) if len(self.gaps) else 0.0
+        typical = float(np.sqrt(np.mean(self.gaps**2))) if len(self.gaps) else 0.0
         size = float(np.sqrt(np.mean(np.asarray(weights, np.float64) ** 2)))
         # errors are partly independent, partly of one sign
         return size * (HEADROOM * typical * (2.0 / np.sqrt(len(weights)) + 0.1) + self.floor)

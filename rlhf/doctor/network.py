@@ -27,7 +27,9 @@ NEVER = -1e30  # a logit of no weight; finite, so that 0 times it is 0
 class Readings(NamedTuple):
     """Distributions of policy and reference at every token, [B, T], aligned to the token; nats."""
 
-    full: jax.Array  # log-probability of the token over the whole vocabulary, at the sampling temperature
+    full: (
+        jax.Array
+    )  # log-probability of the token over the whole vocabulary, at the sampling temperature
     logp: jax.Array  # over the recorded support
     ref_logp: jax.Array  # the reference's, over the same support
     entropy: jax.Array  # of the policy over the support
@@ -245,9 +247,7 @@ def critic_parts(
 
 def take(tree: Any, index: jax.Array) -> Any:
     """Rows of every [B, ...] array, split like the array."""
-    return jax.tree.map(
-        lambda x: x.at[index].get(out_sharding=jax.typeof(x).sharding.spec), tree
-    )
+    return jax.tree.map(lambda x: x.at[index].get(out_sharding=jax.typeof(x).sharding.spec), tree)
 
 
 Parts = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]

@@ -50,7 +50,9 @@ class Updated(NamedTuple):
     before: Sample
     after: Sample
     own: Loss
-    precise: Loss | None  # `own` in float32, of the first update; None where the run computes so anyway
+    precise: (
+        Loss | None
+    )  # `own` in float32, of the first update; None where the run computes so anyway
     experience: bool  # whether the update was given the experience that was made
     sft: Sequences | None
 

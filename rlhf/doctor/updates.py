@@ -96,14 +96,19 @@ def _parts(e: Evidence, x: Updated | Probed, reach: float, where: str) -> Findin
         if x.precise is not None:
             limit += HEADROOM * abs(x.precise.parts[name] - expected)
         limit = max(limit, 1e-5 * abs(expected))
-        found.append(judged(_gap(seen, expected), limit, f"{name} of {where} and its recomputation", _ADVICE[name]))
+        found.append(
+            judged(
+                _gap(seen, expected),
+                limit,
+                f"{name} of {where} and its recomputation",
+                _ADVICE[name],
+            )
+        )
     found.append(_sum(config, x, where))
     return first_failure(found)
 
 
-_MEANS = (
-    "it is a mean of means, of shards (layout) or of accumulated pieces (accumulate), or counts other tokens"
-)
+_MEANS = "it is a mean of means, of shards (layout) or of accumulated pieces (accumulate), or counts other tokens"
 _ADVICE: Mapping[str, str] = {
     "policy_loss": f"the ratio is clipped on the wrong side or further than ppo.clip_range, or {_MEANS}",
     "value_loss": f"values are clipped on the wrong side or further than ppo.value_clip, or {_MEANS}",
@@ -210,7 +215,11 @@ def minibatches(e: Evidence, learnt: Learnt) -> Finding:
             continue
         wanted = config.epochs * config.minibatches
         if len(visited) != wanted and config.stop_kl is None:
-            return Finding("fail", f"{len(visited)} updates of the {role}, not {wanted}", "ppo.epochs x ppo.minibatches")
+            return Finding(
+                "fail",
+                f"{len(visited)} updates of the {role}, not {wanted}",
+                "ppo.epochs x ppo.minibatches",
+            )
         for epoch in range(0, len(visited), config.minibatches):
             rows = visited[epoch : epoch + config.minibatches]
             order = np.concatenate(rows)
@@ -222,11 +231,15 @@ def minibatches(e: Evidence, learnt: Learnt) -> Finding:
                     "minibatches are sampled with replacement: an epoch is a permutation of the batch",
                 )
             if any(len(x) != size for x in rows):
-                return Finding("fail", f"a minibatch of the {role} has not {size} rows", "ppo.minibatches")
+                return Finding(
+                    "fail", f"a minibatch of the {role} has not {size} rows", "ppo.minibatches"
+                )
             if len(rows) == config.minibatches and (role == "critic" or not _of(e, "critic")):
                 orders.append(order)
     if not all(x.experience for x in e.updates):
-        return Finding("fail", "an update has another experience than the iteration's", "stale experience")
+        return Finding(
+            "fail", "an update has another experience than the iteration's", "stale experience"
+        )
     earlier = list(learnt.orders)
     for order in orders:
         same = any(np.array_equal(order, x) for x in earlier)
@@ -266,7 +279,9 @@ def optimizer(e: Evidence, learnt: Learnt) -> Finding:
         for i, x in enumerate(updates):
             if not _sound(x):
                 continue
-            found.append(_followed(e, x, f"update {i + 1} of the {role}", None if done is None else done + i))
+            found.append(
+                _followed(e, x, f"update {i + 1} of the {role}", None if done is None else done + i)
+            )
     return first_failure(found or [Finding("skip", "no update")])
 
 
@@ -365,7 +380,9 @@ def learning(e: Evidence, learnt: Learnt) -> Finding:
     idle = [role for role, new in learnt.changed.items() if new and not _of(e, role)]
     lost = [role for role, same in learnt.returned.items() if not same]
     if idle:
-        return Finding("fail", f"{' and '.join(idle)} changed without an update", "ppo.critic_warmup")
+        return Finding(
+            "fail", f"{' and '.join(idle)} changed without an update", "ppo.critic_warmup"
+        )
     if lost:
         return Finding(
             "fail",
@@ -375,7 +392,11 @@ def learning(e: Evidence, learnt: Learnt) -> Finding:
     if not ready:
         failed = [role for role in learnt.changed if _of(e, role)]
         if failed:
-            return Finding("fail", f"{' and '.join(failed)} did not change in training", "no gradient is finite")
+            return Finding(
+                "fail",
+                f"{' and '.join(failed)} did not change in training",
+                "no gradient is finite",
+            )
         return Finding("skip", "nothing learns")
     if not still:
         return Finding("pass", f"{' and '.join(ready)} changed")

@@ -1,5 +1,7 @@
 """The doctor on demand: two iterations of a recipe's PPO on copies of its models, and nothing is kept of them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -40,7 +42,9 @@ class _Visit(PPORun):
 
     def examine(self) -> dict[str, Finding]:
         """The findings."""
-        recipe, config, layout = self.recipe, self.recipe.ppo, self.layout
+        recipe, layout = self.recipe, self.layout
+        # every model learns from the first iteration here
+        config = dataclasses.replace(recipe.ppo, critic_warmup=0)
         self.load_data()
         with self.log.stage("model"):
             sft, sft_trained = self.sft_model()
@@ -55,9 +59,10 @@ class _Visit(PPORun):
             self.tokenizer.eos_id,
             layout,
         )
-        dtype = sft.trunk.config.compute_dtype
         trained = sft_trained and reward_trained
-        doctor = Doctor(iterate, setting_of(config, self.tokenizer, dtype, trained), False)
+        stream = self.key("ppo")
+        setting = setting_of(config, self.tokenizer, trained, key=stream)
+        doctor = Doctor(iterate, setting, strict=False)
         critic = self.new_critic(sft)
         models = Models(actor=sft, critic=critic, reference=sft, reward=reward)
         learners = Learners(
@@ -71,8 +76,8 @@ class _Visit(PPORun):
             for number in range(1, ITERATIONS + 1):
                 batch = next(prompts)
                 inputs = Inputs(batch, self.baseline(sft, reward, batch), sft_batches)
-                key = jax.random.fold_in(self.key("ppo"), number)
-                learners, metrics, tokens = doctor(learners, models, inputs, key)
+                key = jax.random.fold_in(stream, number)
+                learners, metrics, tokens = doctor(learners, models, inputs, key, number=number)
                 stage.step(number, metrics, tokens)
         return doctor.findings
 

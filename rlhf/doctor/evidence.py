@@ -21,7 +21,7 @@ class Setting(NamedTuple):
 
     config: PPOConfig
     stop_ids: tuple[int, ...]
-    stop_id: int  # that answers which were cut off are scored at
+    stop_id: int  # token that every answer is scored at
     tolerance: float  # of log-probabilities, scores and values: rounding of the compute dtype
     trained: bool  # whether policy and reward model have learnt anything
 
@@ -113,11 +113,11 @@ def _aligned_sizes(sizes: np.ndarray) -> np.ndarray:
 
 
 def _with_stop(answers: Generation, stop_id: int) -> Sequences:
-    """What the reward model should read, made row by row: prompt, answer, and a stop token if the answer has none."""
+    """What the reward model should read, made row by row: prompt, answer, and `stop_id` in place of its stop token."""
     ids, valid, target = answers.sequences
     ids, valid = (np.pad(x, ((0, 0), (0, 1))) for x in (ids, valid))
-    for row in np.flatnonzero(~answers.ended):
-        end = np.flatnonzero(target[row])[-1] + 1
+    for row, ended in enumerate(answers.ended):
+        end = np.flatnonzero(target[row])[-1] + (0 if ended else 1)
         ids[row, end], valid[row, end] = stop_id, True
     return Sequences(ids, valid, np.pad(target, ((0, 0), (0, 1))))
 

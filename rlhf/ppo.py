@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from glm_jax.batch import Sequences
 from glm_jax.generate import Generation, SamplingConfig, support_of
@@ -28,7 +28,7 @@ from glm_jax.loss import (
 from glm_jax.metrics import Metric, Metrics, Shares
 from glm_jax.model import CausalLM, apply_model
 from glm_jax.optim import OptimConfig
-from glm_jax.scalar import ScalarModel, apply_scalar, sequence_scores
+from glm_jax.scalar import ScalarModel, apply_scalar, last_token, sequence_scores
 from glm_jax.train import Update, language_loss, make_update, num_targets
 from rlhf.advantages import gae, grpo, on_tokens, rloo, shaped_rewards, whitened
 from rlhf.kl import KLConfig, k2, k3
@@ -143,7 +143,7 @@ class Models(NamedTuple):
 def score_answers(
     reward: ScalarModel, answers: Generation, config: PPOConfig, stop_id: int, layout: Layout
 ) -> Float[Array, " B"]:
-    """The reward model's score of every answer, read at its end-of-turn token and clamped."""
+    """The reward model's score of every answer, clamped; `stop_id` closes answers as it closed training examples."""
     scores = sequence_scores(reward, with_stop(answers.sequences, answers.ended, stop_id), layout)
     return jnp.clip(scores, -config.score_clip, config.score_clip)
 
@@ -210,12 +210,19 @@ def make_experience(
         "drift": jnp.max(jnp.where(mask, jnp.abs(logp - answers.logp), 0.0)),
         "length": jnp.mean(jnp.sum(mask, axis=1).astype(jnp.float32)),
         "ended": jnp.mean(answers.ended, dtype=jnp.float32),
+        "other_stop": jnp.mean(_ended_elsewhere(answers, stop_id), dtype=jnp.float32),
         "advantage_std": jnp.sqrt(masked_mean(advantages**2, counts)),
     }
     experience = Experience(
         sequences, counts, logp, ref_logp, support, scores, shaped, values, advantages, returns
     )
     return experience, metrics, _finite(experience, rewards)
+
+
+def _ended_elsewhere(answers: Generation, stop_id: int) -> Bool[Array, " B"]:
+    """Mark the answers that ended at another stop token than `stop_id`, such as a tool call."""
+    ids, _, target = answers.sequences
+    return jnp.any(last_token(target) & (ids != stop_id), axis=1) & answers.ended
 
 
 def _finite(experience: Experience, rewards: jax.Array) -> Finite:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool
 
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.sampler import Sampler
+from glm_jax.scalar import last_token
 from rlhf.data.batches import in_order
 from sharding.errors import UserError
 
@@ -44,16 +45,18 @@ def require_scores(scores: np.ndarray, rows: np.ndarray, whose: str) -> None:
 
 
 def with_stop(sequences: Sequences, ended: Bool[Array, " B"], stop_id: int) -> Sequences:
-    """One column longer, with `stop_id` appended to the answers that did not stop by themselves.
+    """Close every answer with `stop_id`, the token that closed the reward model's training examples; one column more.
 
-    The reward model reads its score at an end-of-turn token (the paper's later code appends it): an answer cut off at
-    the length limit gets one as well. The appended token is no target: the policy did not choose it.
+    An answer may end at any stop token of the tokenizer, but reward training saw `Tokenizer.eos_id` alone: it takes the
+    place of the token that an answer ended with, and follows an answer that was cut off. What the reward model reads is
+    then `Tokenizer.chat_example` of the same text. `target` stays, since the policy did not sample this token.
     """
     wider = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), sequences)
     before = jnp.pad(
         sequences.target, ((0, 0), (1, 0))
     )  # is the token to the left part of the answer?
     append = before & ~wider.target & ~ended[:, None]
+    close = append | (last_token(wider.target) & ended[:, None])
     return Sequences(
-        ids=jnp.where(append, stop_id, wider.ids), valid=wider.valid | append, target=wider.target
+        ids=jnp.where(close, stop_id, wider.ids), valid=wider.valid | append, target=wider.target
     )

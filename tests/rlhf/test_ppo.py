@@ -11,8 +11,9 @@ import pytest
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.config import GLMConfig
 from glm_jax.generate import Generation, SamplingConfig
+from glm_jax.loss import token_logprobs
 from glm_jax.metrics import Metrics, finished
-from glm_jax.model import CausalLM, init_model
+from glm_jax.model import CausalLM, apply_model, init_model
 from glm_jax.sampler import Sampler
 from glm_jax.scalar import ScalarModel, apply_scalar, scalar_model
 from rlhf.advantages import shaped_rewards
@@ -44,12 +45,13 @@ def test_score_stands_on_the_last_token_of_the_answer() -> None:
     np.testing.assert_array_equal(np.asarray(shaped), expected)
 
 
-def test_an_answer_that_was_cut_off_gets_a_stop_token_to_be_scored_at() -> None:
-    ids = jnp.array([[5, 6, 7, 8, 2, 0, 0], [5, 6, 7, 8, 9, 9, 9], [5, 6, 2, 0, 0, 0, 0]])
+def test_every_answer_is_closed_by_the_token_of_reward_training() -> None:
+    ids = jnp.array([[5, 6, 7, 8, 2, 0, 0], [5, 6, 7, 8, 9, 9, 9], [5, 6, 11, 0, 0, 0, 0]])
     valid = jnp.asarray(MASK).at[:, :2].set(True)
     sequences = Sequences(ids, valid, jnp.asarray(MASK))
     longer = with_stop(sequences, jnp.array([True, False, True]), STOP)
-    assert longer.ids[1].tolist() == [5, 6, 7, 8, 9, 9, 9, 2]
+    assert longer.ids[1].tolist() == [5, 6, 7, 8, 9, 9, 9, 2]  # appended to what was cut off
+    assert longer.ids[2].tolist() == [5, 6, 2, 0, 0, 0, 0, 0]  # in place of another stop token
     assert longer.valid.sum(axis=1).tolist() == [5, 8, 3]
     assert longer.target.sum(axis=1).tolist() == [3, 5, 1]  # the policy did not choose it
     assert longer.ids[0].tolist() == [5, 6, 7, 8, 2, 0, 0, 0]
@@ -101,6 +103,27 @@ def test_step_zero_ratio_is_one_and_kl_zero_however_answers_are_drawn(
     _, shares = policy_loss(experience.logp, experience.logp, experience.advantages, mask, 0.2)
     of_loss = finished(shares)
     assert float(of_loss["ratio_mean"]) == 1.0 == float(of_loss["ratio_max"])
+
+
+def test_only_the_reward_model_reads_another_stop_token(models: Models) -> None:
+    sampling = SamplingConfig(max_new_tokens=12)
+    config = PPOConfig(batch_size=8, sampling=sampling)
+    answers = _answers(models, sampling)
+    ids, _, target = (np.asarray(x) for x in answers.sequences)
+    last = ids[np.arange(8), 16 - np.argmax(target[:, ::-1], axis=1)]
+    others = np.asarray(answers.ended) & (last != STOP)
+    assert others.any() and not others.all()
+    experience, metrics = _experience(models, answers, config)
+    assert float(metrics["other_stop"]) == pytest.approx(others.mean())
+    np.testing.assert_array_equal(experience.sequences.ids, ids)
+    np.testing.assert_array_equal(experience.counts, target)
+    # each as by a program that knows no reward model, up to 4 units in the last place of a logit of 13
+    logits = apply_model(models.actor, *answers.sequences[:2], LAYOUT)
+    logp = np.where(target, token_logprobs(logits, answers.sequences.ids), 0.0)
+    np.testing.assert_allclose(np.where(target, experience.logp, 0.0), logp, atol=4e-6)
+    assert models.critic is not None and experience.values is not None
+    states = apply_scalar(models.critic, *answers.sequences[:2], LAYOUT)
+    np.testing.assert_allclose(experience.values[:, 1:], states[:, :-1], atol=1e-6)
 
 
 def test_the_update_programs_ratio_starts_at_one(models: Models) -> None:

@@ -51,7 +51,7 @@ def sample(state: TrainState) -> Sample:
 
 
 def learning_rate(config: OptimConfig, update: int, total: int) -> float:
-    """Learning rate of update `update` = 1 .. `total`: linear up, then half a cosine down, whose end is the last one."""
+    """Learning rate of update `update` = 1 .. `total`: linear up, then half a cosine down to the last one."""
     warm = round(config.warmup_fraction * total)
     if update <= warm:
         return config.learning_rate * update / warm

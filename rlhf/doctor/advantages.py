@@ -1,10 +1,11 @@
 """Checks of values, advantages and returns."""
 
+from typing import Any
+
 import numpy as np
 
 from rlhf.doctor.evidence import Evidence
 from rlhf.doctor.finding import Finding, first_failure, judged, within, worst
-from rlhf.ppo import Experience
 
 
 def values(e: Evidence) -> Finding:
@@ -36,7 +37,7 @@ def advantages(e: Evidence) -> Finding:
     return first_failure(found)
 
 
-def _advantages(e: Evidence, x: Experience) -> Finding:
+def _advantages(e: Evidence, x: Any) -> Finding:
     config, mask = e.setting.config, e.mask
     shaped = np.where(mask, x.shaped, 0.0).astype(np.float64)
     findings = []

@@ -232,7 +232,7 @@ def padding(e: Evidence) -> Finding:
     if e.values is not None and there.values is not None:
         parts.append(("values", (np.asarray(there.values, np.float64) - e.values)[mask]))
         roundings.append(e.value_rounding)
-    advice = "padding changes what the model sees: positions count it, or attention reads it, or the score is read at it"
+    advice = "padding changes what the model sees: positions count it, attention reads it, or the score is read at it"
     return first_failure(
         [
             within(gaps, rounding, f"{name} with padding on the left and on the right", advice)

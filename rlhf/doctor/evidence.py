@@ -55,8 +55,10 @@ class Evidence(NamedTuple):
     answers: Generation
     baseline: np.ndarray  # float32 [B], of each answer's prompt
     passed_baseline: np.ndarray  # float32 [B], that the experience was given
-    strangers: tuple[str, ...]  # roles whose model the experience was given and should not have been
-    experience: Experience  # without its support
+    strangers: tuple[
+        str, ...
+    ]  # roles whose model the experience was given and should not have been
+    experience: Any  # an Experience of host arrays, without its support
     has_support: bool
     metrics: Mapping[str, float]
     own: Readings
@@ -66,9 +68,7 @@ class Evidence(NamedTuple):
     ref_rounding: Rounding
     score_rounding: Rounding
     value_rounding: Rounding
-    turned: (
-        Experience | None
-    )  # the same answers with the padding on the other side; None: there is none
+    turned: Any  # the experience the same answers with the padding on the other side; None: there is none
     probe: "Probe | None"
     others: Mapping[str, tuple[np.ndarray, np.ndarray]]  # stream -> its tokens and where they count
     keys: "Keys"
@@ -87,7 +87,7 @@ class Probe(NamedTuple):
 
     baseline: np.ndarray
     kl_coef: float
-    experience: Experience
+    experience: Any  # an Experience of host arrays
     own: Readings
     scores: np.ndarray
     values: np.ndarray | None
@@ -249,7 +249,7 @@ def fetch_rows(rows: Any) -> Any:
 
 
 def as_trained(answers: Generation, stop_id: int) -> Sequences:
-    """Sequences in the format of reward training, made row by row: prompt, answer, `stop_id` in place of a stop token."""
+    """Sequences in the format of reward training, row by row: prompt, answer, `stop_id` in place of a stop token."""
     ids, valid, target = answers.sequences
     ids, valid = (np.pad(x, ((0, 0), (0, 1))) for x in (ids, valid))
     for row in range(len(ids)):
@@ -306,11 +306,12 @@ def _probe(
     kl_coef: float,
     edge: float,
 ) -> Probe:
-    changed = Models(
-        *(
-            None if model is None else _rescaled(model, SCALES[name])
+    changed = models._replace(
+        **{
+            name: _rescaled(model, SCALES[name])
             for name, model in models._asdict().items()
-        )
+            if model is not None
+        }
     )
     baseline = np.linspace(-0.5, 0.5, len(closed.ids)).astype(np.float32)
     coef = 0.1 if kl_coef == 0.0 else 2 * kl_coef

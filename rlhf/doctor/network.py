@@ -25,25 +25,26 @@ NEVER = -1e30  # a logit of no weight; finite, so that 0 times it is 0
 
 
 class Readings(NamedTuple):
-    """Distributions of policy and reference at every token, [B, T], aligned to the token; nats."""
+    """Distributions of policy and reference at every token, [B, T], aligned to the token; nats.
 
-    full: (
-        jax.Array
-    )  # log-probability of the token over the whole vocabulary, at the sampling temperature
-    logp: jax.Array  # over the recorded support
-    ref_logp: jax.Array  # the reference's, over the same support
-    entropy: jax.Array  # of the policy over the support
-    kl: jax.Array  # KL(policy || reference) over the support
-    above: jax.Array  # probability over the support of the tokens that are more likely
-    tied: jax.Array  # of the tokens that are exactly as likely, itself included
-    others: jax.Array  # [K, B, T], probability over the support of other tokens
-    smallest: jax.Array  # log of the policy's probability of the smallest support within rounding
-    largest: jax.Array  # of the largest
-    ref_full: jax.Array  # the reference's log-probability of the token over the whole vocabulary
-    ref_smallest: jax.Array  # log of the reference's probability of the same supports
-    ref_largest: jax.Array
-    missing: jax.Array  # int32, tokens that must be in the support and are not
-    excess: jax.Array  # int32, tokens that are in the support and must not be
+    Arrays of the mesh or, once fetched, of the host.
+    """
+
+    full: Any  # log-probability of the token over the whole vocabulary, at the temperature
+    logp: Any  # over the recorded support
+    ref_logp: Any  # the reference's, over the same support
+    entropy: Any  # of the policy over the support
+    kl: Any  # KL(policy || reference) over the support
+    above: Any  # probability over the support of the tokens that are more likely
+    tied: Any  # of the tokens that are exactly as likely, itself included
+    others: Any  # [K, B, T], probability over the support of other tokens
+    smallest: Any  # log of the policy's probability of the smallest support within rounding
+    largest: Any  # of the largest
+    ref_full: Any  # the reference's log-probability of the token over the whole vocabulary
+    ref_smallest: Any  # log of the reference's probability of the same supports
+    ref_largest: Any
+    missing: Any  # int32, tokens that must be in the support and are not
+    excess: Any  # int32, tokens that are in the support and must not be
 
 
 def precise(model: Model) -> Model:
@@ -143,16 +144,15 @@ def edges(
         kth = ordered[..., sampling.top_k - 1 : sampling.top_k]
         lowest, highest = kth + edge, kth - edge
     if sampling.top_p < 1.0:
-        for sign in (1, -1):
-            among = jnp.where(ordered >= (highest if sign > 0 else lowest), ordered, NEVER)
-            p = jax.nn.softmax(among, axis=-1)
-            before = jnp.cumsum(p, axis=-1) - p
-            reached = before < sampling.top_p - sign * edge
-            least = jnp.min(jnp.where(reached, ordered, ordered[..., :1]), axis=-1, keepdims=True)
-            if sign > 0:
-                lowest = jnp.maximum(lowest, least + edge)
-            else:
-                highest = jnp.maximum(highest, least - edge)
+
+        def least(among: jax.Array, mass: jax.Array) -> jax.Array:
+            p = jax.nn.softmax(jnp.where(ordered >= among, ordered, NEVER), axis=-1)
+            reached = jnp.cumsum(p, axis=-1) - p < mass
+            return jnp.min(jnp.where(reached, ordered, ordered[..., :1]), axis=-1, keepdims=True)
+
+        nucleus = least(highest, sampling.top_p - edge), least(lowest, sampling.top_p + edge)
+        lowest = jnp.maximum(lowest, nucleus[0] + edge)
+        highest = jnp.maximum(highest, nucleus[1] - edge)
     return lowest, highest
 
 

@@ -44,8 +44,8 @@ class Updated(NamedTuple):
     """One update of one role."""
 
     role: str
-    index: np.ndarray  # rows of its minibatch
-    rows: Experience  # those rows, on the host and without support
+    visited: np.ndarray  # rows of its minibatch
+    rows: Any  # those rows of the Experience, on the host and without support
     metrics: Mapping[str, float]
     before: Sample
     after: Sample
@@ -61,7 +61,7 @@ class Probed(NamedTuple):
     """The loss of an update, whose state stays as it is, on rows that are far from the policy."""
 
     role: str
-    rows: Experience
+    rows: Any
     metrics: Mapping[str, float]
     own: Loss
     precise: Loss | None

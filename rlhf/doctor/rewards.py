@@ -1,10 +1,11 @@
 """Checks of rewards: the distance from the reference, the score, and what they make together."""
 
+from typing import Any
+
 import numpy as np
 
 from rlhf.doctor.evidence import Evidence
 from rlhf.doctor.finding import Finding, first_failure, judged, within, worst
-from rlhf.ppo import Experience
 
 
 def kl_at_the_start(e: Evidence) -> Finding:
@@ -80,7 +81,7 @@ def shaped_rewards(e: Evidence) -> Finding:
     return first_failure(found)
 
 
-def answer_rewards(e: Evidence, x: Experience, baseline: np.ndarray) -> np.ndarray:
+def answer_rewards(e: Evidence, x: Any, baseline: np.ndarray) -> np.ndarray:
     """float64 [B], what the last token of each answer is paid."""
     rewards = np.asarray(x.scores, np.float64) - baseline
     if e.setting.config.truncated == "penalty":
@@ -89,7 +90,7 @@ def answer_rewards(e: Evidence, x: Experience, baseline: np.ndarray) -> np.ndarr
 
 
 def expected_shaped(
-    e: Evidence, x: Experience, baseline: np.ndarray, kl_coef: float
+    e: Evidence, x: Any, baseline: np.ndarray, kl_coef: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Shaped rewards of tokens, float64 [B, T], and the rewards of answers [B]."""
     config, mask = e.setting.config, e.mask
@@ -104,7 +105,7 @@ def expected_shaped(
     return expected, rewards
 
 
-def _shaped(e: Evidence, x: Experience, baseline: np.ndarray, kl_coef: float) -> Finding:
+def _shaped(e: Evidence, x: Any, baseline: np.ndarray, kl_coef: float) -> Finding:
     expected, rewards = expected_shaped(e, x, baseline, kl_coef)
     limit = 1e-4 * max(1.0, float(np.abs(rewards).max()))
     sums = worst(x.shaped.sum(axis=1), expected.sum(axis=1))

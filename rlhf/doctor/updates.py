@@ -1,6 +1,7 @@
-"""Checks of the updates of an iteration: losses, clips, gradients, minibatches, optimizers, and what must not change."""
+"""Checks of an iteration's updates: losses, clips, gradients, minibatches, optimizers, and what must not change."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from glm_jax.optim import OptimConfig
 from rlhf.doctor.adamw import Arrays, follow, gradient_in, learning_rate
 from rlhf.doctor.evidence import Evidence
-from rlhf.doctor.finding import HEADROOM, Finding, Rounding, first_failure, judged, within
+from rlhf.doctor.finding import HEADROOM, Finding, first_failure, judged
 from rlhf.doctor.recorder import Loss, Probed, Updated
 from rlhf.ppo import PPOConfig
 
@@ -38,6 +39,11 @@ def _sound(x: Updated) -> bool:
     return math.isfinite(x.metrics["grad_norm"])
 
 
+def _probes(e: Evidence) -> list[Probed]:
+    """Those of roles that have a finite gradient at all."""
+    return [x for x in e.probes if any(map(_sound, _of(e, x.role)))]
+
+
 def ratio(e: Evidence, learnt: Learnt) -> Finding:
     """The first update begins with the policy that sampled: its ratio is 1 at every token."""
     updates = _of(e, "actor")
@@ -61,13 +67,18 @@ def ratio(e: Evidence, learnt: Learnt) -> Finding:
 
 def loss_normalisation(e: Evidence, learnt: Learnt) -> Finding:
     """Parts of every update's loss are the doctor's: means over the whole minibatch, however it is cut."""
-    found = [_parts(e, x, 1.5, f"update {i + 1}") for i, x in enumerate(e.updates) if _sound(x)]
+    found = [
+        _parts(e, x, 1.5, f"update {i + 1} of the {role}")
+        for role in ("critic", "actor")
+        for i, x in enumerate(_of(e, role))
+        if _sound(x)
+    ]
     return first_failure(found or [Finding("skip", "no update")])
 
 
 def clips(e: Evidence, learnt: Learnt) -> Finding:
     """Far from the policy that sampled, losses are clipped on the right side and no further."""
-    found = [_parts(e, x, 3.0, "a trial far from the policy") for x in e.probes]
+    found = [_parts(e, x, 3.0, "a trial far from the policy") for x in _probes(e)]
     return first_failure(found or [Finding("skip", "seen in an earlier iteration")])
 
 
@@ -167,13 +178,14 @@ def gradient(e: Evidence, learnt: Learnt) -> Finding:
         "the loss is not what is differentiated: a gradient that is stopped or flows where it should not, other rows "
         "or weights, or another clip (ppo.actor.clip_norm)"
     )
-    for x in e.probes:
-        doubt = _doubt(x.own, x.precise)
-        gap = abs(x.metrics["grad_norm"] - x.own.norm) / max(x.own.norm, 1e-12)
-        found.append(
-            judged(gap, doubt, f"gradient norms of the {x.role} far from the policy", advice)
-        )
-    for number, x in enumerate(e.updates):
+    for probe in _probes(e):
+        own = probe.own
+        gap = abs(probe.metrics["grad_norm"] - own.norm) / max(own.norm, 1e-12)
+        what = f"gradient norms of the {probe.role} far from the policy"
+        found.append(judged(gap, _doubt(own, probe.precise), what, advice))
+    numbers: Counter[str] = Counter()
+    for x in e.updates:
+        numbers[x.role] += 1
         if x.precise is not None or x.role not in doubts:
             doubts[x.role] = _doubt(x.own, x.precise)
         if not _sound(x) or x.own.norm < 1e-9:
@@ -192,7 +204,7 @@ def gradient(e: Evidence, learnt: Learnt) -> Finding:
             judged(
                 gap / max(norm, 1e-30),
                 limit / max(norm, 1e-30),
-                f"gradients of the {x.role} in update {number + 1} and their recomputation",
+                f"gradients of the {x.role} in update {numbers[x.role]} and their recomputation",
                 advice,
             )
         )
@@ -210,7 +222,7 @@ def minibatches(e: Evidence, learnt: Learnt) -> Finding:
     size = config.batch_size // config.minibatches
     orders: list[np.ndarray] = []
     for role in ("critic", "actor"):
-        visited = [x.index for x in _of(e, role)]
+        visited = [x.visited for x in _of(e, role)]
         if not visited:
             continue
         wanted = config.epochs * config.minibatches
@@ -259,7 +271,7 @@ def orders_of(e: Evidence) -> list[np.ndarray]:
     """The order of rows in every whole epoch of an iteration."""
     config = e.setting.config
     role = "critic" if _of(e, "critic") else "actor"
-    visited = [x.index for x in _of(e, role)]
+    visited = [x.visited for x in _of(e, role)]
     starts = range(0, len(visited) - config.minibatches + 1, config.minibatches)
     return [np.concatenate(visited[i : i + config.minibatches]) for i in starts]
 
@@ -375,30 +387,21 @@ def frozen(e: Evidence, learnt: Learnt) -> Finding:
 
 def learning(e: Evidence, learnt: Learnt) -> Finding:
     """What is to learn has changed, and what is not has not."""
-    ready = [role for role in learnt.changed if any(map(_sound, _of(e, role)))]
+    ready = [role for role in learnt.changed if _of(e, role)]
     still = [role for role in ready if not learnt.changed[role]]
-    idle = [role for role, new in learnt.changed.items() if new and not _of(e, role)]
+    idle = [role for role, new in learnt.changed.items() if new and role not in ready]
     lost = [role for role, same in learnt.returned.items() if not same]
     if idle:
-        return Finding(
-            "fail", f"{' and '.join(idle)} changed without an update", "ppo.critic_warmup"
-        )
+        advice = "a model learns where it should not (ppo.critic_warmup)"
+        return Finding("fail", f"{' and '.join(idle)} changed without an update", advice)
     if lost:
-        return Finding(
-            "fail",
-            f"{' and '.join(lost)} is not returned as its last update left it",
-            "the result of an update is dropped",
-        )
+        seen = f"{' and '.join(lost)} is not returned as its last update left it"
+        return Finding("fail", seen, "the result of an update is dropped")
     if not ready:
-        failed = [role for role in learnt.changed if _of(e, role)]
-        if failed:
-            return Finding(
-                "fail",
-                f"{' and '.join(failed)} did not change in training",
-                "no gradient is finite",
-            )
         return Finding("skip", "nothing learns")
     if not still:
         return Finding("pass", f"{' and '.join(ready)} changed")
-    advice = "its learning rate is 0 (ppo.actor, ppo.critic) or its gradient is"
+    advice = (
+        "its learning rate is 0 (ppo.actor, ppo.critic), its gradient is, or no gradient is finite"
+    )
     return Finding("fail", f"{' and '.join(still)} did not change in training", advice)

@@ -6,15 +6,21 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import glm_jax.continuous
+import glm_jax.generate
+import glm_jax.optim
 import glm_jax.sampler
+import glm_jax.train
 import rlhf.advantages
 import rlhf.losses
 import rlhf.ppo
@@ -22,6 +28,7 @@ import rlhf.ppo_iteration
 from glm_jax.attention import Sight
 from glm_jax.batch import Sequences
 from glm_jax.config import PRESETS
+from glm_jax.continuous import RolloutConfig
 from glm_jax.generate import SamplingConfig
 from glm_jax.metrics import Metrics
 from glm_jax.optim import OptimConfig, make_optimizer
@@ -34,8 +41,8 @@ from rlhf.doctor.doctor import Doctor
 from rlhf.doctor.evidence import Setting
 from rlhf.doctor.finding import Finding
 from rlhf.kl import KLConfig
-from rlhf.ppo import PPOConfig
-from rlhf.ppo_iteration import Listener
+from rlhf.ppo import Models, PPOConfig
+from rlhf.ppo_iteration import Learners, Listener
 from rlhf.trials.models import ANSWER, STOP_IDS, tiny
 from rlhf.trials.ppo import PLAIN, small_ppo
 from sharding.errors import UserError
@@ -44,7 +51,8 @@ from sharding.layout import Layout
 CONFIG = dataclasses.replace(tiny(PRESETS["chatglm3-6b"]), num_layers=2)
 Patch = pytest.MonkeyPatch
 ROWS = PLAIN.batch_size
-OPTIMIZERS = (make_optimizer(OptimConfig(learning_rate=5e-3), 8),) * 2
+OPTIM = OptimConfig(learning_rate=5e-3, warmup_fraction=0.5)
+OPTIMIZERS = (make_optimizer(OPTIM, 8),) * 2
 
 NUCLEUS = dataclasses.replace(
     PLAIN, sampling=SamplingConfig(max_new_tokens=ANSWER, temperature=0.7, top_p=0.8)
@@ -58,22 +66,52 @@ GROUPS = dataclasses.replace(
     kl=KLConfig(coef=0.1, log_ratio_clip=0.01),
 )
 CUT = Layout(data=2, accumulate=2)
+RICH = dataclasses.replace(
+    PLAIN,
+    epochs=2,
+    kl=KLConfig(coef=0.1, place="loss"),
+    entropy_weight=0.05,
+    sft_weight=0.3,
+    sampling=SamplingConfig(max_new_tokens=ANSWER, temperature=0.7, top_k=20, top_p=0.9),
+)
+ADAPTIVE = dataclasses.replace(PLAIN, kl=KLConfig(coef=0.1, target=0.05, horizon=20))
+RELATIVE = dataclasses.replace(GROUPS, advantage="grpo", kl=KLConfig(coef=0.1))
+SLOTS = RolloutConfig(slots=4, buckets=(8,), prefill_tokens=32)
 
 
 def examined(
     config: PPOConfig,
     layout: Layout = Layout(),
     score_scale: float = 1.0,
+    dtype: str = "float32",
+    between: Callable[[Learners, Models], tuple[Learners, Models]] = lambda *x: x,
+    same_key: bool = False,
+    total: int | None = None,
+    rollout: RolloutConfig = RolloutConfig(),
     **illness: Any,
 ) -> dict[str, Finding]:
-    """What two iterations of a tiny model show; all but `config` and `layout` are ways to be ill."""
+    """Findings of two iterations of a tiny model; all but config, layout and dtype are ways to be ill.
+
+    `between` happens between the iterations; `total`: updates that the optimizers' schedules are made for.
+    """
+    model = dataclasses.replace(CONFIG, compute_dtype=dtype)
+    config = dataclasses.replace(config, iterations=2, actor=OPTIM, critic=OPTIM)
+    total = total or config.iterations * config.epochs * config.minibatches
+    optimizers = (make_optimizer(OPTIM, total),) * 2
     with jax.set_mesh(layout.mesh()):
-        iterate, models, learners, inputs = small_ppo(CONFIG, config, OPTIMIZERS, layout, **illness)
+        small = small_ppo(model, config, optimizers, layout, **illness)
+        iterate, models, learners, inputs = small
+        if rollout.slots is not None:
+            sampler = Sampler(model, config.sampling, STOP_IDS, layout, rollout=rollout)
+            iterate = dataclasses.replace(iterate, sample=sampler)
         models.reward.w_scalar = models.reward.w_scalar * score_scale
-        doctor = Doctor(iterate, Setting(config, STOP_IDS, STOP_IDS[0], 1e-4, False), strict=False)
+        setting = Setting(config, STOP_IDS, STOP_IDS[0], 1e-4, False, scheduled=True)
+        doctor = Doctor(iterate, setting, strict=False)
         for step in range(2):
+            key = jax.random.key(0 if same_key else step)
             try:
-                learners, _, _ = doctor(learners, models, inputs(step), jax.random.key(step))
+                learners, _, _ = doctor(learners, models, inputs(step), key)
+                learners, models = between(learners, models)
             except (RuntimeError, ValueError):
                 if "start" not in illness:  # the planted bug has freed an array
                     raise
@@ -86,16 +124,21 @@ def failed(findings: dict[str, Finding]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("config", "layout"),
+    ("config", "layout", "dtype"),
     [
-        (PLAIN, Layout()),
-        (NUCLEUS, Layout()),
-        pytest.param(WHITENED, CUT, marks=pytest.mark.slow),
-        (GROUPS, Layout(fsdp=2, tensor=2)),
+        (PLAIN, Layout(), "float32"),
+        (RICH, Layout(), "bfloat16"),
+        pytest.param(NUCLEUS, Layout(), "float32", marks=pytest.mark.slow),
+        pytest.param(WHITENED, CUT, "float32", marks=pytest.mark.slow),
+        pytest.param(GROUPS, Layout(fsdp=2, tensor=2), "float32", marks=pytest.mark.slow),
+        pytest.param(RELATIVE, Layout(data=2), "bfloat16", marks=pytest.mark.slow),
+        pytest.param(
+            ADAPTIVE, Layout(pipe=2, data=2, microbatches=2), "bfloat16", marks=pytest.mark.slow
+        ),
     ],
 )
-def test_a_healthy_run_passes(config: PPOConfig, layout: Layout) -> None:
-    findings = examined(config, layout)
+def test_a_sound_run_passes(config: PPOConfig, layout: Layout, dtype: str) -> None:
+    findings = examined(config, layout, dtype=dtype)
     assert not failed(findings), findings
     assert findings.keys() == OF_ROLLOUT.keys() | OF_UPDATE.keys()
     skipped = {name for name, finding in findings.items() if finding.status == "skip"}
@@ -323,6 +366,279 @@ def _score_beside_the_answer(patch: Patch) -> None:
     patch.setattr(rlhf.ppo, "sequence_scores", last_column)
 
 
+def _clip_on_the_wrong_side(patch: Patch) -> None:
+    """The larger gain counts, not the smaller one."""
+    right = rlhf.losses.jnp.maximum
+    _in_losses(patch, "maximum", lambda a, b: -right(-a, -b))
+
+
+def _in_losses(patch: Patch, name: str, function: Any) -> None:
+    """Replace a function of jax.numpy in rlhf.losses alone."""
+    names = {key: getattr(jnp, key) for key in dir(jnp) if not key.startswith("__")}
+    patch.setattr(rlhf.losses, "jnp", SimpleNamespace(**{**names, name: function}))
+
+
+def _clip_too_wide(patch: Patch) -> None:
+    """The ratio may move twice as far."""
+    policy_loss = rlhf.losses.policy_loss
+
+    def wide(logp: Any, old: Any, advantages: Any, mask: Any, clip: float, count: Any) -> Any:
+        return policy_loss(logp, old, advantages, mask, 2 * clip, count)
+
+    patch.setattr(rlhf.ppo, "policy_loss", wide)
+
+
+def _value_clip_too_wide(patch: Patch) -> None:
+    """Values may move twice as far."""
+    value_loss = rlhf.losses.value_loss
+
+    def wide(values: Any, old: Any, returns: Any, mask: Any, clip: float, count: Any) -> Any:
+        return value_loss(values, old, returns, mask, 2 * clip, count)
+
+    patch.setattr(rlhf.ppo, "value_loss", wide)
+
+
+def _no_gradient_through_the_ratio(patch: Patch) -> None:
+    """The surrogate's value is right and its gradient 0."""
+    policy_loss = rlhf.losses.policy_loss
+
+    def stopped(logp: Any, *rest: Any) -> Any:
+        return policy_loss(jax.lax.stop_gradient(logp), *rest)
+
+    patch.setattr(rlhf.ppo, "policy_loss", stopped)
+
+
+def _returns_of_the_next_value(patch: Patch) -> None:
+    """Returns add the value of the next token."""
+
+    def gae(rewards: Any, values: Any, mask: Any, gamma: float, lam: float) -> Any:
+        advantages, _ = rlhf.advantages.gae(rewards, values, mask, gamma, lam)
+        following = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+        return advantages, jnp.where(mask, advantages + following, 0.0)
+
+    patch.setattr(rlhf.ppo, "gae", gae)
+
+
+def _returns_of_whitened_advantages(patch: Patch) -> None:
+    """Advantages are whitened before returns are made of them."""
+
+    def gae(rewards: Any, values: Any, mask: Any, gamma: float, lam: float) -> Any:
+        advantages, _ = rlhf.advantages.gae(rewards, values, mask, gamma, lam)
+        advantages = rlhf.advantages.whitened(advantages, mask)
+        return advantages, jnp.where(mask, advantages + values, 0.0)
+
+    patch.setattr(rlhf.ppo, "gae", gae)
+
+
+def _whitened_twice(patch: Patch) -> None:
+    """Advantages are whitened although ppo.whiten is off."""
+    gae = rlhf.ppo.gae
+
+    def whitened(rewards: Any, values: Any, mask: Any, gamma: float, lam: float) -> Any:
+        advantages, returns = gae(rewards, values, mask, gamma, lam)
+        return rlhf.advantages.whitened(advantages, mask), returns
+
+    patch.setattr(rlhf.ppo, "gae", whitened)
+
+
+def _lambda_for_gamma(patch: Patch) -> None:
+    """Discount and lambda change places."""
+    gae = rlhf.advantages.gae
+    patch.setattr(rlhf.ppo, "gae", lambda r, v, m, gamma, lam: gae(r, v, m, lam, gamma))
+
+
+def _sft_loss_turned(patch: Patch) -> None:
+    """The likelihood of SFT data is lowered."""
+    language_loss = rlhf.ppo.language_loss
+
+    def turned(*args: Any) -> Any:
+        loss, shares = language_loss(*args)
+        return -loss, shares
+
+    patch.setattr(rlhf.ppo, "language_loss", turned)
+
+
+def _entropy_turned(patch: Patch) -> None:
+    """Certainty is rewarded."""
+    token_entropy = rlhf.ppo.token_entropy
+    patch.setattr(rlhf.ppo, "token_entropy", lambda *x: -token_entropy(*x))
+
+
+def _kl_to_the_old_policy(patch: Patch) -> None:
+    """The KL of the loss is taken to the policy that sampled."""
+    actor_loss = rlhf.ppo.actor_loss
+
+    def old(actor: Any, rows: Any, *rest: Any, **settings: Any) -> Any:
+        experience, sft = rows
+        changed = experience._replace(ref_logp=experience.logp)
+        return actor_loss(actor, (changed, sft), *rest, **settings)
+
+    patch.setattr(rlhf.ppo, "actor_loss", old)
+
+
+def _reference_is_the_policy(patch: Patch) -> None:
+    """The reference's log-probabilities are the policy's."""
+    make_experience = rlhf.ppo_iteration.make_experience
+
+    def mixed_up(models: Models, *args: Any, **settings: Any) -> Any:
+        return make_experience(models._replace(reference=models.actor), *args, **settings)
+
+    patch.setattr(rlhf.ppo_iteration, "make_experience", mixed_up)
+
+
+def _critic_is_the_reward_model(patch: Patch) -> None:
+    """Values are the reward model's."""
+    make_experience = rlhf.ppo_iteration.make_experience
+
+    def mixed_up(models: Models, *args: Any, **settings: Any) -> Any:
+        return make_experience(models._replace(critic=models.reward), *args, **settings)
+
+    patch.setattr(rlhf.ppo_iteration, "make_experience", mixed_up)
+
+
+def _reference_follows(learners: Learners, models: Models) -> tuple[Learners, Models]:
+    moved = jax.tree.map(jnp.copy, learners.actor.model)
+    return learners, models._replace(reference=moved)
+
+
+def _moments_lost(learners: Learners, models: Models) -> tuple[Learners, Models]:
+    actor = learners.actor
+    blank = jax.tree.map(jnp.zeros_like, actor.opt_state)
+    return learners._replace(actor=dataclasses.replace(actor, opt_state=blank)), models
+
+
+def _moments_lost_between_updates(patch: Patch) -> None:
+    """Every update starts from empty moments."""
+    apply_gradients = glm_jax.train.apply_gradients
+
+    def forgetful(state: TrainState, grads: Any, optimizer: Any) -> TrainState:
+        mean = jax.tree.map(jnp.zeros_like, optax.tree.get(state.opt_state, "mu"))
+        blank = optax.tree.set(state.opt_state, mu=mean)
+        return apply_gradients(dataclasses.replace(state, opt_state=blank), grads, optimizer)
+
+    patch.setattr(glm_jax.train, "apply_gradients", forgetful)
+
+
+def _with_replacement(patch: Patch) -> None:
+    """Minibatches are drawn anew every time."""
+
+    def minibatches(key: jax.Array, config: PPOConfig) -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(int(jax.random.key_data(key)[1]))
+        size = config.batch_size // config.minibatches
+        for _ in range(config.epochs * config.minibatches):
+            yield rng.integers(0, config.batch_size, size).astype(np.int32)
+
+    patch.setattr(rlhf.ppo_iteration, "minibatches", minibatches)
+
+
+def _same_order_every_epoch(patch: Patch) -> None:
+    """The shuffle is not folded with the epoch."""
+
+    def minibatches(key: jax.Array, config: PPOConfig) -> Iterator[np.ndarray]:
+        for _ in range(config.epochs):
+            order = jax.random.permutation(key, config.batch_size)
+            yield from np.split(np.asarray(order, np.int32), config.minibatches)
+
+    patch.setattr(rlhf.ppo_iteration, "minibatches", minibatches)
+
+
+def _coefficient_adapts_the_wrong_way(patch: Patch) -> None:
+    """A KL above its target lowers the coefficient."""
+    adapted = rlhf.ppo_iteration.adapted
+
+    def wrong(coef: float, kl: float, config: KLConfig, num_answers: int) -> float:
+        return 2 * coef - adapted(coef, kl, config, num_answers)
+
+    patch.setattr(rlhf.ppo_iteration, "adapted", wrong)
+
+
+def _samples_share_noise(patch: Patch) -> None:
+    """All samples of a prompt have the stream of the first."""
+    row_keys = glm_jax.generate.row_keys
+    patch.setattr(glm_jax.generate, "row_keys", lambda key, seeds: row_keys(key, seeds // 4 * 4))
+
+
+def _rows_share_noise(patch: Patch) -> None:
+    """All answers have one stream."""
+    row_keys = glm_jax.generate.row_keys
+    patch.setattr(glm_jax.generate, "row_keys", lambda key, seeds: row_keys(key, 0 * seeds))
+
+
+def _tokens_share_noise(patch: Patch) -> None:
+    """All tokens of an answer have the noise of the first."""
+    draw = glm_jax.generate.draw
+    patch.setattr(
+        glm_jax.generate,
+        "draw",
+        lambda logits, keys, number, sampling: draw(logits, keys, 0 * number, sampling),
+    )
+
+
+def _half_the_noise(patch: Patch) -> None:
+    """Sampling is half as random as its distribution says."""
+    gumbel = jax.random.gumbel
+    patch.setattr(jax.random, "gumbel", lambda *args, **how: 0.5 * gumbel(*args, **how))
+
+
+def _answers_in_another_order(patch: Patch) -> None:
+    """Slots hand answers back in the order in which they end."""
+    answers = glm_jax.continuous._Requests.answers
+
+    def turned(self: Any) -> Any:
+        self.ids, self.logp = self.ids[::-1], self.logp[::-1]
+        self.length, self.ended = self.length[::-1], self.ended[::-1]
+        return answers(self)
+
+    patch.setattr(glm_jax.continuous._Requests, "answers", turned)
+
+
+def _decay_of_norms(patch: Patch) -> None:
+    """Weight decay shrinks norm scales and biases too."""
+    patch.setattr(glm_jax.optim, "decayed", lambda params: jax.tree.map(lambda _: True, params))
+
+
+def _eps_inside_the_root(patch: Patch) -> None:
+    """sqrt(v + eps) in place of sqrt(v) + eps."""
+    adamw = optax.adamw
+    patch.setattr(
+        optax, "adamw", lambda rate, eps, **how: adamw(rate, eps=0.0, eps_root=eps, **how)
+    )
+
+
+def _no_clip_of_the_gradient(patch: Patch) -> None:
+    """The gradient is not clipped by its norm."""
+    patch.setattr(optax, "clip_by_global_norm", lambda norm: optax.identity())
+
+
+def _cache_one_column_late(patch: Patch) -> None:
+    """Decoding writes keys and values one column late, and over the last one."""
+    decode = Trunk.decode
+
+    def late(self: Trunk, ids: Any, cache: Cache, column: Any, layout: Layout) -> Any:
+        last = cache.real.shape[1] - 1
+        return decode(self, ids, cache, jnp.minimum(column + 1, last), layout)
+
+    patch.setattr(Trunk, "decode", late)
+
+
+def _penalty_for_the_wrong_answers(patch: Patch) -> None:
+    """The truncation penalty is taken off answers that have ended."""
+    make_experience = rlhf.ppo_iteration.make_experience
+
+    def wrong(models: Any, answers: Any, baseline: Any, *rest: Any, **how: Any) -> Any:
+        # less 2 x (1 - ended) + 1 in the baseline turns the penalty round
+        moved = baseline - 2.0 * (~answers.ended) + 1.0
+        return make_experience(models, answers, moved, *rest, **how)
+
+    patch.setattr(rlhf.ppo_iteration, "make_experience", wrong)
+
+
+def _log_ratio_not_clipped(patch: Patch) -> None:
+    """The clamp of log-ratios in the reward is forgotten."""
+    shaped: Any = rlhf.advantages.shaped_rewards
+    patch.setattr(rlhf.ppo, "shaped_rewards", lambda *x: shaped(*x[:-1], None))
+
+
 def _aliased(model: Any, optimizer: Any) -> TrainState:
     return TrainState(jnp.int32(0), model, jax.jit(optimizer.init)(model))
 
@@ -393,25 +709,92 @@ BUGS: dict[str, tuple[Callable[[Patch], None], dict[str, Any], set[str]]] = {
         {"stop_ids": STOP_IDS[:1]},
         {"response mask"},
     ),
+    "the policy clip on the wrong side": (_clip_on_the_wrong_side, {}, {"clips"}),
+    "a policy clip that is too wide": (_clip_too_wide, {}, {"clips"}),
+    "a value clip that is too wide": (_value_clip_too_wide, {}, {"clips"}),
+    "no gradient through the ratio": (_no_gradient_through_the_ratio, {}, {"gradient"}),
+    "returns of the next value": (_returns_of_the_next_value, {}, {"advantages"}),
+    "returns of whitened advantages": (
+        _returns_of_whitened_advantages,
+        {"config": WHITENED},
+        {"advantages"},
+    ),
+    "whitened without being asked": (_whitened_twice, {}, {"advantages"}),
+    "discount and lambda changed": (_lambda_for_gamma, {}, {"advantages"}),
+    "an SFT loss of the wrong sign": (_sft_loss_turned, {}, {"loss normalisation"}),
+    "an entropy bonus of the wrong sign": (
+        _entropy_turned,
+        {"config": RICH},
+        {"loss normalisation"},
+    ),
+    "a KL in the loss to the old policy": (_kl_to_the_old_policy, {"config": RICH}, {"clips"}),
+    "a reference that is the policy": (_reference_is_the_policy, {}, {"log-probabilities"}),
+    "a critic that is the reward model": (_critic_is_the_reward_model, {}, {"values"}),
+    "a reference that follows": (nothing, {"between": _reference_follows}, {"frozen models"}),
+    "moments lost between iterations": (nothing, {"between": _moments_lost}, {"optimizer"}),
+    "moments lost between updates": (
+        _moments_lost_between_updates,
+        {},
+        {"gradient", "optimizer"},
+    ),
+    "minibatches with replacement": (_with_replacement, {}, {"minibatches"}),
+    "one order in all epochs": (_same_order_every_epoch, {"config": RICH}, {"minibatches"}),
+    "a schedule counted in iterations": (nothing, {"total": 2}, {"optimizer"}),
+    "a KL coefficient that adapts the wrong way": (
+        _coefficient_adapts_the_wrong_way,
+        {"config": ADAPTIVE},
+        {"KL coefficient"},
+    ),
+    "samples that share random numbers": (
+        _samples_share_noise,
+        {"config": GROUPS},
+        {"random streams"},
+    ),
+    "answers that share random numbers": (_rows_share_noise, {}, {"random streams"}),
+    "tokens that share random numbers": (_tokens_share_noise, {}, {"random streams"}),
+    "iterations that share a key": (nothing, {"same_key": True}, {"inputs"}),
+    "half the noise": (_half_the_noise, {}, {"sampling"}),
+    "answers of slots in another order": (
+        _answers_in_another_order,
+        {"rollout": SLOTS},
+        {"rollout log-probabilities"},
+    ),
+    "weight decay of norms": (_decay_of_norms, {}, {"optimizer"}),
+    "epsilon inside the root": (_eps_inside_the_root, {}, {"optimizer"}),
+    "a gradient that is not clipped": (_no_clip_of_the_gradient, {}, {"gradient"}),
+    "a KV cache one column late": (_cache_one_column_late, {}, {"rollout log-probabilities"}),
+    "a penalty for the wrong answers": (
+        _penalty_for_the_wrong_answers,
+        {"config": GROUPS},
+        {"shaped rewards"},
+    ),
+    "log-ratios that are not clamped": (
+        _log_ratio_not_clipped,
+        {"config": GROUPS},
+        {"shaped rewards"},
+    ),
     "a reward model that says the same of all": (nothing, {"score_scale": 0.0}, {"reward scale"}),
     "scores far beyond the clamp": (nothing, {"score_scale": 1000.0}, {"reward scale"}),
 }
 QUICK = {
-    "rewards in an integer array",
-    "the reference at another temperature",
-    "a response mask that is off by one",
-    "a reference that shares the policy's memory",
-    "top-p in the rollout only",
+    ("a policy clip that is too wide", "bfloat16"),
+    ("a reference that is the policy", "float32"),
+    ("a reference that shares the policy's memory", "float32"),
 }
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in BUGS]
+    ("name", "dtype"),
+    [
+        pytest.param(n, dtype, marks=() if (n, dtype) in QUICK else pytest.mark.slow)
+        for n in BUGS
+        for dtype in ("float32", "bfloat16")
+    ],
 )
-def test_a_planted_bug_is_named(name: str, monkeypatch: Patch) -> None:
+def test_a_planted_bug_is_named(name: str, dtype: str, monkeypatch: Patch) -> None:
     plant, illness, expected = BUGS[name]
     plant(monkeypatch)
-    findings = examined(**{"config": PLAIN, **illness})
+    findings = examined(**{"config": PLAIN, **illness}, dtype=dtype)
     assert expected <= failed(findings), findings
     assert all(findings[check].advice for check in expected)
 

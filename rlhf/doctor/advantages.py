@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from rlhf.advantages import TIE
 from rlhf.doctor.evidence import Evidence
 from rlhf.doctor.finding import Finding, judged, worst
 
@@ -29,15 +30,22 @@ def advantages(e: Evidence) -> Finding:
             shaped, np.where(mask, x.values, 0.0), mask, config.gamma, config.gae_lambda
         )
     else:
-        groups = shaped.sum(axis=1).reshape(-1, config.samples)
-        gaps = groups - groups.mean(axis=1, keepdims=True)
+        rewards = (x.scores.astype(np.float64) - e.baseline).reshape(-1, config.samples)
+        sums = shaped.sum(axis=1).reshape(-1, config.samples)
+        gaps = sums - sums.mean(axis=1, keepdims=True)
         if config.advantage == "rloo":
             gaps *= config.samples / (config.samples - 1)
-        else:
-            gaps /= np.sqrt(groups.var(axis=1, ddof=1, keepdims=True) + 1e-8)
+        else:  # the reward is divided by its deviation, unless it ties; the KL is not
+            of_reward = rewards - rewards.mean(axis=1, keepdims=True)
+            deviation = np.sqrt(rewards.var(axis=1, ddof=1, keepdims=True) + 1e-8)
+            size = np.maximum(np.abs(rewards).max(axis=1, keepdims=True), 1.0)
+            differ = np.ptp(rewards, axis=1, keepdims=True) > TIE * size
+            gaps += np.where(differ, of_reward / deviation, 0.0) - of_reward
         expected = np.where(mask, gaps.reshape(-1, 1), 0.0)
     counts = x.counts
     if config.whiten and counts.any():
+        tied = np.ptp(expected[counts]) <= TIE * max(1.0, np.abs(expected[counts]).max())
+        expected = np.where(tied, expected[counts].mean(), expected)
         expected = (expected - expected[counts].mean()) / np.sqrt(expected[counts].var() + 1e-8)
     scale = max(1.0, float(np.abs(expected[counts]).max(initial=0.0)))
     return judged(

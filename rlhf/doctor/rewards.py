@@ -44,10 +44,13 @@ def kl_estimators(e: Evidence) -> Finding:
 
 
 def scores(e: Evidence) -> Finding:
-    """The reward model's output at the stop token of every answer, clamped."""
-    clip = e.setting.config.score_clip
+    """The reward model's output at the stop token of every answer, clamped, less the penalty for a cut-off one."""
+    config = e.setting.config
+    expected = np.clip(e.scores, -config.score_clip, config.score_clip)
+    if config.truncated == "penalty":
+        expected = expected - config.truncation_penalty * ~e.answers.ended
     return judged(
-        worst(e.experience.scores, np.clip(e.scores, -clip, clip)),
+        worst(e.experience.scores, expected),
         e.setting.tolerance,
         "scores and the reward model's output at the stop token",
         "the score is read elsewhere than at the answer's end-of-turn token (answers that were cut off get one), or "
@@ -64,8 +67,6 @@ def shaped_rewards(e: Evidence) -> Finding:
     beta = e.kl_coef if config.kl.place == "reward" else 0.0
     expected = np.where(mask, -beta * log_ratio, 0.0)
     rewards = x.scores.astype(np.float64) - e.baseline
-    if config.truncated == "penalty":
-        rewards -= config.truncation_penalty * ~e.answers.ended
     last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
     expected[np.arange(len(last)), last] += rewards
     sums = worst(x.shaped.sum(axis=1), expected.sum(axis=1))

@@ -16,6 +16,10 @@ from glm_jax.scalar import last_token
 
 TINY = 1e-8  # added to a variance that may be 0
 
+# Scores that differ by less, relative to the larger of 1 and their size, are equal up to rounding: a score is a float32
+# sum over D hidden units, whose rounding grows like eps sqrt(D), and sqrt(D) = 64 for the 4,096 of most of the family.
+TIE = 64 * float(jnp.finfo(jnp.float32).eps)
+
 
 def shaped_rewards(
     scores: Float[Array, " B"],
@@ -66,28 +70,43 @@ def gae(
     return advantages, (advantages + values) * mask
 
 
-def rloo(rewards: Float[Array, " B"], samples: int) -> Float[Array, " B"]:
-    """r_i - mean of the other K - 1 answers' rewards (Ahmadian et al. 2024, eq. 6); `samples` = K >= 2."""
+def rloo(
+    rewards: Float[Array, " B"], kl_rewards: Float[Array, " B"], samples: int
+) -> Float[Array, " B"]:
+    """R_i - mean of the other K - 1 answers' R, R = reward + kl_reward (Ahmadian et al. 2024, eq. 6).
+
+    `kl_rewards` are -beta KL of whole answers, 0 where the KL is in the loss; `samples` = K >= 2.
+    """
 
     def advantage(group: jax.Array) -> jax.Array:
         others = (jnp.sum(group, axis=1, keepdims=True) - group) / (samples - 1)
         return group - others
 
-    return _by_prompt(advantage, rewards, samples)
+    return _by_prompt(advantage, rewards + kl_rewards, samples)
 
 
-def grpo(rewards: Float[Array, " B"], samples: int) -> Float[Array, " B"]:
-    """(r_i - mean) / std over the K answers of a prompt (Shao et al. 2024, section 4.1.2); `samples` = K >= 2.
+def grpo(
+    rewards: Float[Array, " B"], kl_rewards: Float[Array, " B"], samples: int
+) -> Float[Array, " B"]:
+    """(r_i - mean r) / std r + (q_i - mean q), r = rewards, q = kl_rewards, over the K answers of a prompt.
 
-    The deviation is that of a sample (K - 1); where all K rewards are equal the advantages are 0.
+    The first term is Shao et al. 2024, section 4.1.2; it is 0 where all K rewards are equal up to rounding (`TIE`). The
+    deviation is that of a sample (K - 1). They have no KL in the reward: q, -beta KL of whole answers, weighs as
+    much as the KL in their loss, beta against a reward of deviation 1, and is not divided: where rewards tie, its
+    rounding-sized differences would become advantages of 1. `samples` = K >= 2.
     """
 
-    def advantage(group: jax.Array) -> jax.Array:
+    def normalised(group: jax.Array) -> jax.Array:
         gaps = group - jnp.mean(group, axis=1, keepdims=True)
         variance = jnp.sum(gaps**2, axis=1, keepdims=True) / (samples - 1)
-        return gaps / jnp.sqrt(variance + TINY)
+        highest, lowest = (f(group, axis=1, keepdims=True) for f in (jnp.max, jnp.min))
+        return jnp.where(_tied(highest, lowest), 0.0, gaps / jnp.sqrt(variance + TINY))
 
-    return _by_prompt(advantage, rewards, samples)
+    def centred(group: jax.Array) -> jax.Array:
+        return group - jnp.mean(group, axis=1, keepdims=True)
+
+    by_score = _by_prompt(normalised, rewards, samples)
+    return by_score + _by_prompt(centred, kl_rewards, samples)
 
 
 def on_tokens(
@@ -100,12 +119,21 @@ def on_tokens(
 def whitened(
     advantages: Float[Array, "B T"], response_mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """(A - mean) / std over all answer tokens of the global batch, 0 elsewhere and where all are equal.
+    """(A - mean) / std over all answer tokens of the global batch, 0 elsewhere and where all are equal (`TIE`).
 
     Not in the paper, which needs none because of its reference baseline.
     """
     gaps = jnp.where(response_mask, advantages - masked_mean(advantages, response_mask), 0.0)
-    return gaps / jnp.sqrt(masked_mean(gaps**2, response_mask) + TINY)
+    highest = jnp.max(jnp.where(response_mask, advantages, -jnp.inf))
+    lowest = jnp.min(jnp.where(response_mask, advantages, jnp.inf))
+    spread = jnp.sqrt(masked_mean(gaps**2, response_mask) + TINY)
+    return jnp.where(_tied(highest, lowest), 0.0, gaps / spread)
+
+
+def _tied(highest: jax.Array, lowest: jax.Array) -> jax.Array:
+    """Whether all numbers between these two are equal up to rounding."""
+    size = jnp.maximum(jnp.abs(highest), jnp.abs(lowest))
+    return highest - lowest <= TIE * jnp.maximum(size, 1.0)
 
 
 def _by_prompt(

@@ -12,6 +12,10 @@ from jaxtyping import Array, Float
 
 from sharding.errors import UserError
 
+# Nats of a log-ratio from which its exponential grows linearly: e^20 = 4.9e8 is far from float32's 3.4e38 at 88, and
+# where others clip (verl 2024).
+BOUND = 20.0
+
 
 @dataclasses.dataclass(frozen=True)
 class KLConfig:
@@ -55,8 +59,21 @@ def k2(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def k3(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """pi_0 / pi - 1 - log(pi_0 / pi): unbiased and >= 0 (Schulman 2020)."""
-    return jnp.expm1(-log_ratio) + log_ratio
+    """pi_0 / pi - 1 - log(pi_0 / pi): unbiased and >= 0 (Schulman 2020).
+
+    From e^`BOUND` on pi_0 / pi is continued along its tangent, as in `bounded_exp`.
+    """
+    below = jnp.minimum(-log_ratio, BOUND)
+    return jnp.expm1(below) + jnp.exp(below) * (-log_ratio - below) + log_ratio
+
+
+def bounded_exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """e^x, from `BOUND` nats on continued along its tangent: value and gradient are finite up to x = 7e29.
+
+    Clipping x there would make the gradient 0 where it matters most.
+    """
+    below = jnp.minimum(x, BOUND)
+    return jnp.exp(below) * (1.0 + (x - below))
 
 
 def adapted(coef: float, kl: float, config: KLConfig, num_answers: int) -> float:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from glm_jax.loss import Count, masked_mean
 from glm_jax.metrics import Metric, Peak, Shares
-from rlhf.kl import k3
+from rlhf.kl import bounded_exp, k3
 
 
 def policy_loss(
@@ -29,7 +29,8 @@ def policy_loss(
     """
     mean = partial(masked_mean, mask=response_mask, count=count)
     log_ratio = jnp.where(response_mask, logp - old_logp, 0.0)
-    ratio = jnp.exp(log_ratio)
+    # of inf, which is e^x from 88 nats on, the clipped branch has the gradient 0 * inf
+    ratio = bounded_exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - clip_range, 1 + clip_range)
     metrics: dict[str, Metric] = {
         "ratio_mean": mean(ratio),

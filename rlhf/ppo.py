@@ -62,21 +62,27 @@ class PPOConfig:
     value_weight: float = 1.0  # of the value loss; not in the paper
     entropy_weight: float = 0.0  # of the policy's entropy (nats/token); not in the paper
     score_clip: float = 5.0  # scores are clamped to +- this; not in the paper
-    # answers cut off at max_new_tokens; penalty: `truncation_penalty` off their score, mask: nothing learnt from them
-    truncated: Literal["keep", "penalty", "mask"] = "keep"  # not in the paper
+    # answers cut off at max_new_tokens; penalty: `truncation_penalty` off their score, also in y_ref and in prompt
+    # selection; mask: nothing is learnt from them. Not in the paper
+    truncated: Literal["keep", "penalty", "mask"] = "keep"
     truncation_penalty: float = 1.0  # not in the paper
     gamma: float = 1.0  # discount; not in the paper
     gae_lambda: float = 0.95  # not in the paper
     sft_batch_size: int = 64  # SFT sequences mixed into an update; not in the paper
     sft_weight: float = 0.05  # of the SFT loss mixed in (nats/token); its value is not in the paper
-    reference_baseline: bool = (
-        True  # subtract the score of the SFT model's own answer to the prompt
-    )
+    # subtract the score of the SFT model's own answer y_ref to the prompt; for gae alone, since it cancels in rloo and
+    # grpo, which sample no y_ref
+    reference_baseline: bool = True
     sampling: SamplingConfig = SamplingConfig()
     # iterations between checks by the doctor, beside the first two in which each model learns; 0: none
     doctor_every: int = 0
     actor: OptimConfig = OptimConfig(learning_rate=1e-6)
     critic: OptimConfig = OptimConfig(learning_rate=2e-6)
+
+    @property
+    def subtracts_reference(self) -> bool:
+        """True where the score of y_ref is a baseline: one number a prompt cancels in the advantages of a group."""
+        return self.reference_baseline and self.advantage == "gae"
 
     def check(self, layout: Layout, generation: Layout) -> None:
         """Raise UserError where batch, samples and layouts do not divide, or sampling is greedy."""
@@ -113,7 +119,7 @@ class Experience(NamedTuple):
     logp: jax.Array  # of the policy that sampled, by the trainer's own program
     ref_logp: jax.Array
     support: jax.Array | None  # bool [B, T, V], what could be drawn; None: everything
-    scores: jax.Array  # float32 [B], of the reward model, clamped
+    scores: jax.Array  # float32 [B], of the reward model, as `score_answers` gives them
     shaped: jax.Array  # rewards of tokens
     values: jax.Array | None  # of the critic, before each token; None without one
     advantages: jax.Array
@@ -143,9 +149,16 @@ class Models(NamedTuple):
 def score_answers(
     reward: ScalarModel, answers: Generation, config: PPOConfig, stop_id: int, layout: Layout
 ) -> Float[Array, " B"]:
-    """The reward model's score of every answer, clamped; `stop_id` closes answers as it closed training examples."""
+    """The reward model's score of every answer, clamped, less `truncation_penalty` where the setting asks for it.
+
+    `stop_id` closes answers as it closed training examples. Rollouts, reference answers and prompt selection share this
+    score, so that the reward of a policy that is the SFT model has mean 0.
+    """
     scores = sequence_scores(reward, with_stop(answers.sequences, answers.ended, stop_id), layout)
-    return jnp.clip(scores, -config.score_clip, config.score_clip)
+    scores = jnp.clip(scores, -config.score_clip, config.score_clip)
+    if config.truncated == "penalty":
+        scores -= jnp.where(answers.ended, 0.0, config.truncation_penalty)
+    return scores
 
 
 class Finite(NamedTuple):
@@ -181,17 +194,14 @@ def make_experience(
 
     scores = score_answers(models.reward, answers, config, stop_id, layout)
     rewards = scores - baseline
-    counts = mask
-    if config.truncated == "penalty":
-        rewards = rewards - jnp.where(answers.ended, 0.0, config.truncation_penalty)
-    if config.truncated == "mask":
-        counts = mask & answers.ended[:, None]
+    counts = mask & answers.ended[:, None] if config.truncated == "mask" else mask
     in_reward = kl_coef if config.kl.place == "reward" else 0.0
     shaped = shaped_rewards(rewards, logp, ref_logp, mask, in_reward, config.kl.log_ratio_clip)
     values = returns = None
     if models.critic is None:
         relative = {"rloo": rloo, "grpo": grpo}[config.advantage]
-        advantages = on_tokens(relative(jnp.sum(shaped, axis=1), config.samples), mask)
+        kl_rewards = jnp.sum(shaped, axis=1) - rewards
+        advantages = on_tokens(relative(rewards, kl_rewards, config.samples), mask)
     else:
         values = aligned(apply_scalar(models.critic, sequences.ids, sequences.valid, layout))
         advantages, returns = gae(shaped, values, mask, config.gamma, config.gae_lambda)

@@ -140,7 +140,12 @@ class PPORun(BaseRun):
         """Answers of the SFT model to the training prompts, kept beside the run's other data; None where not needed."""
         recipe, prompts = self.recipe, self.data.prompts
         config, num_prompts = recipe.ppo, len(prompts.row)
-        samples = max(recipe.selection.samples, int(config.reference_baseline))
+        samples = max(recipe.selection.samples, int(config.subtracts_reference))
+        if config.reference_baseline and not config.subtracts_reference:
+            self.log.note(
+                f"ppo: no reference answers: their scores cancel in ppo.advantage = {config.advantage}; "
+                f"`reward` is the score itself"
+            )
         if not samples:
             return None
         sample = self.samplers["ppo"]
@@ -215,7 +220,7 @@ class PPORun(BaseRun):
         references = self.draw_references(sft, reward)
         prompts = self.ppo_prompts(references)
         baseline = np.zeros(len(self.data.prompts.row), np.float32)
-        if references is not None and config.reference_baseline:
+        if references is not None and config.subtracts_reference:
             baseline = references.baseline
         iterators = {
             "prompts": shuffled(prompts, config.batch_size // config.samples, seed),

@@ -31,13 +31,13 @@ def values(e: Evidence) -> Finding:
 
 def advantages(e: Evidence) -> Finding:
     """GAE, RLOO or GRPO of the shaped rewards, whitened over the whole batch if asked for; returns beside them."""
-    found = [_advantages(e, e.experience)]
+    found = [_advantages(e, e.experience, e.baseline)]
     if e.probe is not None:
-        found.append(_advantages(e, e.probe.experience))
+        found.append(_advantages(e, e.probe.experience, e.probe.baseline))
     return first_failure(found)
 
 
-def _advantages(e: Evidence, x: Any) -> Finding:
+def _advantages(e: Evidence, x: Any, baseline: np.ndarray) -> Finding:
     config, mask = e.setting.config, e.mask
     shaped = np.where(mask, x.shaped, 0.0).astype(np.float64)
     findings = []
@@ -57,10 +57,12 @@ def _advantages(e: Evidence, x: Any) -> Finding:
             )
         )
     else:
-        expected = _grouped(e, shaped)
+        expected = _grouped(e, shaped, np.asarray(x.scores, np.float64) - baseline)
     counts = x.counts
     if config.whiten and counts.any():
-        expected = (expected - expected[counts].mean()) / np.sqrt(expected[counts].var() + 1e-8)
+        gaps = expected - expected[counts].mean()
+        tied = _tied(expected[counts][None])[0, 0]
+        expected = 0.0 * gaps if tied else gaps / np.sqrt(expected[counts].var() + 1e-8)
     scale = max(1.0, float(np.abs(expected[counts]).max(initial=0.0)))
     findings.append(
         judged(
@@ -75,16 +77,25 @@ def _advantages(e: Evidence, x: Any) -> Finding:
     return first_failure(findings)
 
 
-def _grouped(e: Evidence, shaped: np.ndarray) -> np.ndarray:
+def _grouped(e: Evidence, shaped: np.ndarray, rewards: np.ndarray) -> np.ndarray:
     """RLOO or GRPO: an answer against the others to its prompt."""
     config = e.setting.config
-    groups = shaped.sum(axis=1).reshape(-1, config.samples)
-    gaps = groups - groups.mean(axis=1, keepdims=True)
+    sums, rewards = (x.reshape(-1, config.samples) for x in (shaped.sum(axis=1), rewards))
+    gaps = sums - sums.mean(axis=1, keepdims=True)
     if config.advantage == "rloo":
         gaps *= config.samples / (config.samples - 1)
-    else:
-        gaps /= np.sqrt(groups.var(axis=1, ddof=1, keepdims=True) + 1e-8)
+    else:  # the reward is divided by its deviation, unless it ties; the KL is not
+        of_reward = rewards - rewards.mean(axis=1, keepdims=True)
+        deviation = np.sqrt(rewards.var(axis=1, ddof=1, keepdims=True) + 1e-8)
+        gaps += np.where(_tied(rewards), 0.0, of_reward / deviation) - of_reward
     return np.where(e.mask, gaps.reshape(-1, 1), 0.0)
+
+
+def _tied(groups: np.ndarray) -> np.ndarray:
+    """bool [N, 1], groups whose numbers are equal up to the rounding of a score in float32."""
+    size = np.maximum(np.abs(groups).max(axis=1, keepdims=True), 1.0)
+    found: np.ndarray = np.ptp(groups, axis=1, keepdims=True) <= 64 * 2.0**-23 * size
+    return found
 
 
 def _gae(

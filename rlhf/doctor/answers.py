@@ -62,7 +62,9 @@ def _from_table(e: Evidence, seen: str) -> Finding:
             f"{int(other.any(axis=1).sum())} prompts are not those of their row numbers",
             "row numbers of prompts are off: baselines of other prompts are subtracted",
         )
-    wanted = table.baseline[rows] if e.setting.config.reference_baseline else np.zeros(len(rows))
+    config = e.setting.config
+    subtracted = config.reference_baseline and config.advantage == "gae"
+    wanted = table.baseline[rows] if subtracted else np.zeros(len(rows))
     if not np.array_equal(wanted.astype(np.float32), e.inputs.baseline):
         row = int(np.flatnonzero(wanted.astype(np.float32) != e.inputs.baseline)[0])
         return Finding(

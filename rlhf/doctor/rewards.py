@@ -53,8 +53,10 @@ def kl_estimators(e: Evidence) -> Finding:
 
 
 def scores(e: Evidence) -> Finding:
-    """Scores are the reward model's output at the token that closed its training examples, clamped."""
-    clip = e.setting.config.score_clip
+    """Scores are the reward model's output at the token that closed its training examples, clamped, less the penalty."""
+    config = e.setting.config
+    clip = config.score_clip
+    penalty = config.truncation_penalty * ~e.answers.ended if config.truncated == "penalty" else 0.0
     found = []
     for name, x, own in (
         ("scores", e.experience, e.scores),
@@ -62,12 +64,12 @@ def scores(e: Evidence) -> Finding:
     ):
         found.append(
             within(
-                np.asarray(x.scores, np.float64) - np.clip(own, -clip, clip),
+                np.asarray(x.scores, np.float64) - np.clip(own, -clip, clip) + penalty,
                 e.score_rounding,
                 f"{name} and the reward model's output at the end of the answer",
                 "the score is read elsewhere than at the token that closed the reward model's training examples (it "
                 "takes the place of any stop token, and follows an answer that was cut off), not clamped to "
-                "ppo.score_clip, or another model's",
+                "ppo.score_clip, without the truncation penalty (ppo.truncated), or another model's",
             )
         )
     return first_failure(found)
@@ -81,14 +83,6 @@ def shaped_rewards(e: Evidence) -> Finding:
     return first_failure(found)
 
 
-def answer_rewards(e: Evidence, x: Any, baseline: np.ndarray) -> np.ndarray:
-    """float64 [B], what the last token of each answer is paid."""
-    rewards = np.asarray(x.scores, np.float64) - baseline
-    if e.setting.config.truncated == "penalty":
-        rewards -= e.setting.config.truncation_penalty * ~e.answers.ended
-    return rewards
-
-
 def expected_shaped(
     e: Evidence, x: Any, baseline: np.ndarray, kl_coef: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +93,7 @@ def expected_shaped(
         log_ratio = np.clip(log_ratio, -config.kl.log_ratio_clip, config.kl.log_ratio_clip)
     beta = kl_coef if config.kl.place == "reward" else 0.0
     expected = np.where(mask, -beta * log_ratio, 0.0)
-    rewards = answer_rewards(e, x, baseline)
+    rewards = np.asarray(x.scores, np.float64) - baseline
     last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
     expected[np.arange(len(last)), last] += rewards
     return expected, rewards
@@ -123,8 +117,8 @@ def _shaped(e: Evidence, x: Any, baseline: np.ndarray, kl_coef: float) -> Findin
         )
     return finding._replace(
         advice="the reward is not score - baseline - beta KL. Possible causes: scores rounded to integers, another "
-        "prompt's baseline (ppo.reference_baseline), the truncation penalty (ppo.truncated), or the KL's sign, place "
-        "or coefficient (ppo.kl)"
+        "prompt's baseline (ppo.reference_baseline), a truncation penalty that is taken twice (ppo.truncated), or the "
+        "KL's sign, place or coefficient (ppo.kl)"
     )
 
 

@@ -100,7 +100,7 @@ class _Visit(PPORun):
     def baseline(self, sft: CausalLM, reward: ScalarModel, batch: Prompts) -> np.ndarray:
         """The score of a reference answer to every prompt of a batch, or 0."""
         config, count = self.recipe.ppo, len(batch.row)
-        if not config.reference_baseline:
+        if not config.subtracts_reference:
             return np.zeros(count, np.float32)
         rows = Prompts(
             np.asarray(batch.ids), np.asarray(batch.valid), np.arange(count, dtype=np.int32)

@@ -624,14 +624,13 @@ def _cache_one_column_late(patch: Patch) -> None:
 
 def _penalty_for_the_wrong_answers(patch: Patch) -> None:
     """The truncation penalty is taken off answers that have ended."""
-    make_experience = rlhf.ppo_iteration.make_experience
+    score_answers = rlhf.ppo.score_answers
 
-    def wrong(models: Any, answers: Any, baseline: Any, *rest: Any, **how: Any) -> Any:
-        # less 2 x (1 - ended) + 1 in the baseline turns the penalty round
-        moved = baseline - 2.0 * (~answers.ended) + 1.0
-        return make_experience(models, answers, moved, *rest, **how)
+    def wrong(reward: Any, answers: Any, config: PPOConfig, *rest: Any) -> Any:
+        right = score_answers(reward, answers, config, *rest)
+        return right + config.truncation_penalty * (1.0 - 2.0 * answers.ended)
 
-    patch.setattr(rlhf.ppo_iteration, "make_experience", wrong)
+    patch.setattr(rlhf.ppo, "score_answers", wrong)
 
 
 def _log_ratio_not_clipped(patch: Patch) -> None:
@@ -657,7 +656,11 @@ BUGS: dict[str, tuple[Callable[[Patch], None], dict[str, Any], set[str]]] = {
         {},
         {"KL at the start"},
     ),
-    "the update at another temperature": (lambda patch: _nth_temperature(patch, 2, 99), {}, {"ratio"}),
+    "the update at another temperature": (
+        lambda patch: _nth_temperature(patch, 2, 99),
+        {},
+        {"ratio"},
+    ),
     "rollouts at another temperature": (
         nothing,
         {"sampling": HOTTER},
@@ -767,7 +770,7 @@ BUGS: dict[str, tuple[Callable[[Patch], None], dict[str, Any], set[str]]] = {
     "a penalty for the wrong answers": (
         _penalty_for_the_wrong_answers,
         {"config": GROUPS},
-        {"shaped rewards"},
+        {"scores"},
     ),
     "log-ratios that are not clamped": (
         _log_ratio_not_clipped,

@@ -135,32 +135,80 @@ def test_gae_with_lambda_1_is_return_minus_value_and_with_0_one_step() -> None:
     )
 
 
-@by_seed
-@given(seeds, st.sampled_from([2, 3, 6]))
-def test_rloo_and_grpo(seed: int, samples: int) -> None:
-    rewards = np.random.default_rng(seed).normal(size=ROWS).astype(np.float32)
-    groups = [[float(x) for x in group] for group in rewards.reshape(-1, samples)]
-    assume(min(map(statistics.variance, groups)) > 0.01)  # else the deviation is float32's rounding
+def _relative(
+    rewards: np.ndarray, kl_rewards: np.ndarray, samples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Advantages by RLOO and GRPO."""
     with jax.set_mesh(Layout().mesh()):
-        leave_one_out, normalised = (
-            rloo(jnp.asarray(rewards), samples),
-            grpo(jnp.asarray(rewards), samples),
-        )
-    for i, reward in enumerate(map(float, rewards)):
-        group = groups[i // samples]
-        others = [x for j, x in enumerate(group) if j != i % samples]
-        assert float(leave_one_out[i]) == close(reward - mean(others))
+        arrays = jnp.asarray(rewards), jnp.asarray(kl_rewards)
+        return np.asarray(rloo(*arrays, samples)), np.asarray(grpo(*arrays, samples))
+
+
+@by_seed
+@given(seeds, st.sampled_from([2, 3, 6]), st.sampled_from([0.0, 0.1]))
+def test_rloo_and_grpo(seed: int, samples: int, kl: float) -> None:
+    rng = np.random.default_rng(seed)
+    rewards = rng.normal(size=ROWS).astype(np.float32)
+    kl_rewards = (kl * rng.normal(size=ROWS)).astype(np.float32)
+    groups = [[float(x) for x in group] for group in rewards.reshape(-1, samples)]
+    of_kl = [[float(x) for x in group] for group in kl_rewards.reshape(-1, samples)]
+    assume(min(map(statistics.variance, groups)) > 0.01)  # else the deviation is float32's rounding
+    leave_one_out, normalised = _relative(rewards, kl_rewards, samples)
+    for i, (reward, cost) in enumerate(
+        zip(map(float, rewards), map(float, kl_rewards), strict=True)
+    ):
+        group, costs = groups[i // samples], of_kl[i // samples]
+        others = [group[j] + costs[j] for j in range(samples) if j != i % samples]
+        assert float(leave_one_out[i]) == close(reward + cost - mean(others))
         expected = (reward - mean(group)) / math.sqrt(statistics.variance(group) + 1e-8)
+        expected += cost - mean(costs)
         assert float(normalised[i]) == pytest.approx(expected, rel=2e-6, abs=2e-6)
 
 
-def test_of_equal_rewards_all_advantages_are_zero_but_for_rounding() -> None:
-    equal = jnp.full(ROWS, 0.7)
-    with jax.set_mesh(Layout().mesh()):
-        for relative in (rloo, grpo):
-            np.testing.assert_allclose(relative(equal, 3), 0.0, atol=2e-3)
-    data = ragged(0)
-    np.testing.assert_allclose(whitened(on_tokens(equal, data.mask), data.mask), 0.0, atol=2e-3)
+@by_seed
+@given(
+    seeds,
+    st.sampled_from([2, 3, 6]),
+    st.sampled_from([0.0, 1e-3, 0.7, 5.0, 300.0]),
+    st.integers(0, 16),
+)
+def test_rewards_equal_up_to_rounding_have_no_advantage(
+    seed: int, samples: int, size: float, ulps: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    steps = rng.integers(-ulps, ulps + 1, ROWS)  # units in the last place: +-16 is 32 of 64 apart
+    unit = np.spacing(
+        np.float32(max(size, 1.0) / 2)
+    )  # half of that for sizes just above a power of 2
+    rewards = (np.float32(size) * rng.choice([-1, 1]) + steps * unit).astype(np.float32)
+    leave_one_out, normalised = _relative(rewards, 0.0 * rewards, samples)
+    np.testing.assert_array_equal(normalised, 0.0)
+    np.testing.assert_allclose(
+        leave_one_out, 0.0, atol=64 * unit
+    )  # linear: no more than what differs
+    data = ragged(seed)
+    np.testing.assert_array_equal(
+        whitened(on_tokens(jnp.asarray(rewards), data.mask), data.mask), 0.0
+    )
+
+
+@by_seed
+@given(seeds, st.sampled_from([2, 3, 6]), st.sampled_from([1e-6, 1e-4, 0.03]))
+def test_where_scores_tie_the_kl_is_no_unit_advantage(seed: int, samples: int, beta: float) -> None:
+    kl = np.random.default_rng(seed).uniform(0, 10, ROWS)
+    kl_rewards = (-beta * kl).astype(np.float32)
+    _, normalised = _relative(np.full(ROWS, 0.7, np.float32), kl_rewards, samples)
+    for i, cost in enumerate(map(float, kl_rewards)):
+        group = [float(x) for x in kl_rewards.reshape(-1, samples)[i // samples]]
+        assert float(normalised[i]) == pytest.approx(cost - mean(group), rel=1e-5, abs=1e-6 * beta)
+
+
+def test_rewards_that_differ_by_more_than_rounding_count() -> None:
+    rewards = np.array([0.7, 0.7, 0.7, 0.7, 0.7, 0.7001], np.float32)
+    _, normalised = _relative(rewards, 0.0 * rewards, 3)
+    assert normalised[:3].tolist() == [0.0] * 3
+    # gaps of 1e-4 are still small beside the 1e-4 that is added to the deviation
+    assert normalised[5] == pytest.approx(2 / 3 * 1e-4 / math.sqrt(1e-8 / 3 + 1e-8), rel=2e-3)
 
 
 @by_seed
@@ -276,6 +324,44 @@ def test_kl_estimators(seed: int) -> None:
         assert float(b) == close(float(x) ** 2 / 2)
         assert float(c) == close(math.exp(-float(x)) - 1 + float(x))
     assert float(k3(jnp.float32(1e-4))) == pytest.approx(5e-9, rel=0.1)  # not 0 by rounding
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-1e4, 1e4, width=32), st.sampled_from(["float32", "bfloat16"]))
+def test_k3_is_finite_and_points_back_whatever_the_log_ratio(x: float, dtype: str) -> None:
+    log_ratio = jnp.asarray(x, dtype)
+    value, gradient = (float(f(log_ratio)) for f in (k3, jax.grad(k3)))
+    x = float(log_ratio)
+    assert math.isfinite(value) and math.isfinite(gradient)
+    # e^-x is known to the rounding of its exponent, and subtracts from x where both are small: 4 x either
+    eps = float(jnp.finfo(dtype).eps)
+    exact = math.expm1(min(-x, 20.0)) + math.exp(min(-x, 20.0)) * max(0.0, -x - 20.0) + x
+    slope = 1 - math.exp(min(-x, 20.0))
+    rounding = (
+        4 * eps * (max(1.0, abs(min(-x, 20.0))) * math.exp(min(-x, 20.0)) * max(1.0, -x) + abs(x))
+    )
+    assert value == pytest.approx(exact, abs=rounding)
+    assert gradient == pytest.approx(slope, abs=rounding)
+    if abs(x) > 4 * eps:  # pi is too large or too small
+        assert math.copysign(1.0, gradient) == math.copysign(1.0, x)
+
+
+@pytest.mark.parametrize("size", [1.0, 19.0, 21.0, 89.0, 1e4, 1e29])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_the_gradient_of_the_policy_loss_is_finite_at_any_ratio(
+    size: float, advantage: float, sign: float
+) -> None:
+    one, mask = jnp.full((1, 1), sign * size), jnp.ones((1, 1), bool)
+
+    def loss(logp: jax.Array) -> jax.Array:
+        return policy_loss(logp, jnp.zeros((1, 1)), jnp.full((1, 1), advantage), mask, 0.2)[0]
+
+    value, gradient = jax.value_and_grad(loss)(one)
+    assert math.isfinite(float(value))
+    # clipped where the policy has already moved as the advantage asks, else e^x up to 20 nats
+    expected = 0.0 if sign == advantage else -advantage * math.exp(min(sign * size, 20.0))
+    assert float(gradient[0, 0]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_adaptive_kl() -> None:

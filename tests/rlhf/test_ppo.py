@@ -1,12 +1,16 @@
 """What must hold of an iteration's experience before the first update, and of the settings."""
 
+import math
+import statistics
 from collections.abc import Iterator
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.config import GLMConfig
@@ -146,6 +150,52 @@ def test_baseline_shifts_the_reward_and_nothing_else(models: Models) -> None:
     _, with_it = _experience(models, answers, config, 0.25)
     assert float(with_it["reward"]) == pytest.approx(float(without["reward"]) - 0.25, abs=1e-6)
     assert float(with_it["score"]) == float(without["score"])
+
+
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_a_group_is_normalised_by_its_scores_and_not_by_its_kl(
+    models: Models, place: Literal["reward", "loss"]
+) -> None:
+    sampling = SamplingConfig(max_new_tokens=12)
+    config = PPOConfig(
+        batch_size=8,
+        samples=4,
+        advantage="grpo",
+        truncated="penalty",
+        kl=KLConfig(coef=0.02, place=place),
+        sampling=sampling,
+    )
+    answers = _answers(models, sampling)
+    head = models.actor.w_head
+    assert head is not None
+    other = nnx.clone(models.reference)
+    other.w_head = 0.9 * head
+    mute = nnx.clone(models.reward)
+    mute.w_scalar = 0.0 * mute.w_scalar
+    mask = np.asarray(answers.sequences.target)
+    ended = jnp.asarray([True] * 4 + [False, True, True, False])
+    answers = answers._replace(ended=ended)  # of equal scores the first group ties, the second not
+    tied = models._replace(critic=None, reference=other, reward=mute)
+    for case in (tied, tied._replace(reward=models.reward)):
+        experience, _ = _experience(case, answers, config)
+        log_ratio = np.where(
+            mask, np.asarray(experience.logp) - np.asarray(experience.ref_logp), 0.0
+        )
+        costs = [-0.02 * math.fsum(row) if place == "reward" else 0.0 for row in log_ratio]
+        assert place == "loss" or max(map(abs, costs)) > 0.01
+        scores = [float(x) for x in experience.scores]
+        for row in range(8):
+            group = range(4 * (row // 4), 4 * (row // 4) + 4)
+            spread = statistics.stdev(scores[i] for i in group)
+            gap = scores[row] - statistics.fmean(scores[i] for i in group)
+            expected = gap / spread if spread > 1e-6 else 0.0
+            expected += costs[row] - statistics.fmean(costs[i] for i in group)
+            found = np.asarray(experience.advantages[row])
+            # 1e-4 is added to deviations, which are 0.5 for the penalty alone and 0.02 for scores alone
+            np.testing.assert_allclose(found[mask[row]], expected, rtol=1e-4, atol=1e-5)
+            assert not found[~mask[row]].any()
+        if case is tied and place == "loss":
+            assert not np.asarray(experience.advantages[:4]).any()
 
 
 def test_a_tokens_value_is_that_of_the_state_before_it(models: Models) -> None:

@@ -159,7 +159,7 @@ def test_equal_rewards_teach_a_critic_free_policy_nothing_and_break_nothing() ->
         iterate, models, learners, inputs = small_ppo(CONFIG, config, OPTIMIZERS, LAYOUT)
         models.reward.w_scalar = models.reward.w_scalar * 0.0
         learners, figures, _ = iterate(learners, models, inputs(0), jax.random.key(0))
-    assert figures["advantage_std"] < 2e-3 and figures["grad_norm"] < 1e-2
+    assert figures["advantage_std"] == figures["grad_norm"] == 0.0
     assert all(np.isfinite(value) for value in figures.values())
 
 

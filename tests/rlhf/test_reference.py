@@ -2,13 +2,17 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Literal
+from unittest.mock import MagicMock, Mock
 
 import jax
 import numpy as np
 import pytest
 
+import rlhf.ppo_run
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.checkpoint import Card, save_model
 from glm_jax.config import PRESETS, GLMConfig
@@ -19,7 +23,10 @@ from glm_jax.sampler import Sampler
 from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer
 from rlhf.data.batches import in_order
 from rlhf.dpo import DPOConfig, LabelledPairs, sample_pairs
-from rlhf.ppo import PPOConfig, score_answers
+from rlhf.ppo import PPOConfig, make_experience, score_answers
+from rlhf.ppo_run import PPORun
+from rlhf.progress import NOT_KEPT
+from rlhf.recipe import Recipe
 from rlhf.reference import References, SelectionConfig, draw_references
 from rlhf.reward_stage import load_reward
 from rlhf.rollout import prompt_batches
@@ -40,7 +47,9 @@ def small() -> Iterator[SmallPPO]:
         yield small_ppo(CONFIG, SETTINGS, (make_optimizer(OptimConfig(), 8),) * 2, LAYOUT)
 
 
-def _references(small: SmallPPO, samples: int, table: Prompts) -> References:
+def _references(
+    small: SmallPPO, samples: int, table: Prompts, config: PPOConfig = SETTINGS
+) -> References:
     return draw_references(
         small.models.reward,
         small.models.actor,
@@ -48,7 +57,7 @@ def _references(small: SmallPPO, samples: int, table: Prompts) -> References:
         in_order(table, SETTINGS.batch_size),
         len(table.row),
         samples,
-        SETTINGS,
+        config,
         STOP_IDS[0],
         jax.random.key(0),
         LAYOUT,
@@ -64,6 +73,77 @@ def test_every_prompt_gets_its_reference_answers_and_their_scores(small: SmallPP
     assert all(1 <= len(answer) <= ANSWER for answer in found.answers)
     np.testing.assert_array_equal(found.baseline, found.scores[:, 0])
     assert (np.std(found.scores, axis=1) > 0).any()  # the samples of a prompt are different answers
+
+
+@pytest.mark.parametrize("truncated", ["keep", "penalty", "mask"])
+def test_the_policy_begins_at_reward_0_however_cut_off_answers_count(
+    small: SmallPPO, truncated: Literal["keep", "penalty", "mask"]
+) -> None:
+    config = dataclasses.replace(SETTINGS, truncated=truncated, truncation_penalty=3.0)
+    table = prompts(CONFIG, "references", SETTINGS.batch_size)
+    references = _references(small, 1, table, config)
+    stream = jax.random.fold_in(jax.random.key(0), 0)  # that of the references' first batch
+    answers = small.iterate.sample(small.models.actor, LAYOUT.put(table), stream)
+    cut_off = ~np.asarray(answers.ended)
+    assert cut_off.any() and not cut_off.all()
+    make = jax.jit(partial(make_experience, config=config, stop_id=STOP_IDS[0], layout=LAYOUT))
+    baseline = LAYOUT.put(references.baseline)
+    experience, metrics, _ = make(small.models, answers, baseline, np.float32(0.1))
+    np.testing.assert_array_equal(experience.scores, references.baseline)
+    assert float(metrics["reward"]) == 0.0
+    plain = _references(small, 1, table).baseline
+    penalty = 3.0 * cut_off if truncated == "penalty" else 0.0
+    np.testing.assert_allclose(references.baseline, plain - penalty, atol=1e-6)
+
+
+def test_prompts_are_selected_by_scores_that_have_the_penalty(small: SmallPPO) -> None:
+    config = dataclasses.replace(SETTINGS, truncated="penalty", truncation_penalty=100.0)
+    references = _references(small, 3, prompts(CONFIG, "references", PROMPTS), config)
+    ended = references.scores > -50.0
+    mixed = ended.any(axis=1) & ~ended.all(axis=1)
+    assert mixed.any() and not mixed.all()
+    chosen = references.selected(SelectionConfig(3, 500.0))  # only what a penalty of 100 can reach
+    np.testing.assert_array_equal(chosen, np.flatnonzero(mixed))
+
+
+@pytest.mark.parametrize(
+    ("advantage", "baseline", "selected", "sampled"),
+    [
+        ("gae", True, 0, 1),
+        ("gae", False, 0, 0),
+        ("rloo", True, 0, 0),
+        ("grpo", True, 0, 0),
+        ("grpo", False, 0, 0),
+        ("grpo", True, 3, 3),
+        ("gae", False, 3, 3),
+    ],
+)
+def test_reference_answers_are_sampled_where_they_do_not_cancel(
+    small: SmallPPO,
+    monkeypatch: pytest.MonkeyPatch,
+    advantage: Literal["gae", "rloo", "grpo"],
+    baseline: bool,
+    selected: int,
+    sampled: int,
+) -> None:
+    drawn = Mock(side_effect=LookupError)  # nothing after it matters
+    monkeypatch.setattr(rlhf.ppo_run, "draw_references", drawn)
+    monkeypatch.setattr(rlhf.ppo_run, "prompt_batches", lambda *_: [])
+    ppo = PPOConfig(advantage=advantage, samples=2, reference_baseline=baseline)
+    run = Mock(
+        recipe=Recipe(ppo=ppo, selection=SelectionConfig(selected)),
+        data=Mock(prompts=prompts(CONFIG, "few", 4)),
+        progress=NOT_KEPT,
+        samplers={"ppo": None},
+        directory=Path(),
+    )
+    run.log.stage = MagicMock()
+    with pytest.raises(LookupError) if sampled else nullcontext():
+        assert PPORun.draw_references(run, small.models.actor, small.models.reward) is None
+    assert [call.args[5] for call in drawn.call_args_list] == [sampled] * bool(sampled)
+    told = [call.args[0] for call in run.log.note.call_args_list]
+    cancels = baseline and advantage != "gae"
+    assert [f"ppo.advantage = {advantage}" in line for line in told] == [True] * cancels
 
 
 def test_a_score_that_is_not_a_number_is_refused(small: SmallPPO) -> None:

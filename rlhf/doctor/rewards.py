@@ -53,7 +53,7 @@ def kl_estimators(e: Evidence) -> Finding:
 
 
 def scores(e: Evidence) -> Finding:
-    """Scores are the reward model's output at the token that closed its training examples, clamped, less the penalty."""
+    """Scores are the reward model's output where its training examples were closed, clamped, less the penalty."""
     config = e.setting.config
     clip = config.score_clip
     penalty = config.truncation_penalty * ~e.answers.ended if config.truncated == "penalty" else 0.0

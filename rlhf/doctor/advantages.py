@@ -5,26 +5,29 @@ from typing import Any
 import numpy as np
 
 from rlhf.doctor.evidence import Evidence
-from rlhf.doctor.finding import Finding, first_failure, judged, within, worst
+from rlhf.doctor.finding import Finding, Rounding, first_failure, judged, within, worst
 
 
 def values(e: Evidence) -> Finding:
     """A token's value is the critic's output before it was sampled."""
     if e.values is None or e.experience.values is None:
         return Finding("skip", "no critic")
-    pairs = [("values of tokens", e.experience.values, e.values)]
+    rows: list[tuple[str, Any, Any, Rounding]] = [
+        ("values of tokens", e.experience.values, e.values, e.value_rounding)
+    ]
     if e.probe is not None and e.probe.values is not None:
-        pairs.append(("values of another critic", e.probe.experience.values, e.probe.values))
+        probe, exact = e.probe, e.value_rounding.exact
+        rows.append(("values of another critic", probe.experience.values, probe.values, exact))
     return first_failure(
         [
             within(
                 (np.asarray(seen, np.float64) - own)[e.mask],
-                e.value_rounding,
+                rounding,
                 f"{name} and the critic's output before them",
                 "values are aligned to the wrong token (the critic must not have seen the token it is a baseline "
                 "for), or are another model's",
             )
-            for name, seen, own in pairs
+            for name, seen, own, rounding in rows
         ]
     )
 

@@ -160,9 +160,9 @@ def logprobs(e: Evidence) -> Finding:
         found.append(_logprobs(name, seen, own, e.mask, rounding))
     if e.probe is not None:
         x, own = e.probe.experience, e.probe.own
-        found.append(_logprobs("another policy", x.logp, own.logp, e.mask, e.logp_rounding))
+        found.append(_logprobs("another policy", x.logp, own.logp, e.mask, e.logp_rounding.exact))
         found.append(
-            _logprobs("another reference", x.ref_logp, own.ref_logp, e.mask, e.ref_rounding)
+            _logprobs("another reference", x.ref_logp, own.ref_logp, e.mask, e.ref_rounding.exact)
         )
     return first_failure(found)
 

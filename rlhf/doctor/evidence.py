@@ -83,7 +83,7 @@ class Evidence(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """The experience of other models of the same shapes, so that it shows which of them each field is made of."""
+    """The experience of other models of the same shapes, in float32: it shows which of them each field is made of."""
 
     baseline: np.ndarray
     kl_coef: float
@@ -313,19 +313,29 @@ def _probe(
             if model is not None
         }
     )
+    wide = rounding_matters(models.actor)
+    if wide:
+        changed = precise(changed)
     baseline = np.linspace(-0.5, 0.5, len(closed.ids)).astype(np.float32)
     coef = 0.1 if kl_coef == 0.0 else 2 * kl_coef
-    experience, _, _ = readers.iterate.experience_of(
-        changed, answers, readers.layout.put(baseline), np.float32(coef)
-    )
+    with jax.default_matmul_precision("highest" if wide else None):
+        experience, _, _ = readers.iterate.experience_of(
+            changed, answers, readers.layout.put(baseline), np.float32(coef)
+        )
     no_others = np.zeros((4, *closed.ids[:, :-1].shape), np.int32)[: _num_streams(readers)]
     own = readers.tokens(
-        changed.actor, changed.reference, answers.sequences, experience.support, no_others, edge
+        changed.actor,
+        changed.reference,
+        answers.sequences,
+        experience.support,
+        no_others,
+        edge,
+        wide,
     )
     values = None
     if changed.critic is not None:
-        values = readers.values(changed.critic, answers.sequences)
-    scores = readers.scores(changed.reward, closed)
+        values = readers.values(changed.critic, answers.sequences, wide)
+    scores = readers.scores(changed.reward, closed, wide)
     host: Experience = fetch(experience._replace(support=None))
     return Probe(baseline, coef, host, own, scores, values)
 

@@ -28,6 +28,11 @@ class Rounding(NamedTuple):
     floor: float  # what float32 rounding stays below
 
     @property
+    def exact(self) -> "Rounding":
+        """The limits of the same quantity where it is computed in float32."""
+        return Rounding(np.zeros(0), self.floor)
+
+    @property
     def largest(self) -> float:
         """Limit of the largest difference."""
         return HEADROOM * float(self.gaps.max(initial=0.0)) + self.floor
@@ -50,11 +55,6 @@ class Rounding(NamedTuple):
             own = float(np.quantile(self.gaps, q, method="higher")) if len(self.gaps) else 0.0
             rows.append((seen, HEADROOM * own + self.floor, q))
         return max(rows, key=lambda row: row[0] / row[1])
-
-
-def exact(floor: float = FLOAT32) -> Rounding:
-    """The rounding of what float32 alone computes."""
-    return Rounding(np.zeros(0), floor)
 
 
 def worst(a: Any, b: Any, mask: Any = None) -> float:

@@ -20,7 +20,7 @@ from glm_jax.scalar import ScalarModel, apply_scalar
 from rlhf.ppo import Experience, PPOConfig
 from sharding.layout import Layout
 
-Model = TypeVar("Model", CausalLM, ScalarModel)
+Tree = TypeVar("Tree")
 NEVER = -1e30  # a logit of no weight; finite, so that 0 times it is 0
 
 
@@ -47,10 +47,20 @@ class Readings(NamedTuple):
     excess: Any  # int32, tokens that are in the support and must not be
 
 
-def precise(model: Model) -> Model:
-    """Return the same weights in a model that computes in float32."""
-    config = dataclasses.replace(model.trunk.config, compute_dtype="float32")
-    return dataclasses.replace(model, trunk=dataclasses.replace(model.trunk, config=config))
+def precise(tree: Tree) -> Tree:
+    """Return a pytree whose models - weights, and moments, which look like them - compute in float32."""
+
+    def is_model(x: Any) -> bool:
+        return isinstance(x, CausalLM | ScalarModel)
+
+    def replaced(x: Any) -> Any:
+        if not is_model(x):
+            return x
+        config = dataclasses.replace(x.trunk.config, compute_dtype="float32")
+        return dataclasses.replace(x, trunk=dataclasses.replace(x.trunk, config=config))
+
+    found: Tree = jax.tree.map(replaced, tree, is_leaf=is_model)
+    return found
 
 
 def read_tokens(

@@ -58,13 +58,13 @@ class Updated(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """The loss of an update, whose state stays as it is, on rows that are far from the policy."""
+    """The loss of an update, whose state stays as it is, in float32 whatever the run computes in."""
 
     role: str
+    far: bool  # on rows that are far from the policy; else on those of its first minibatch
     rows: Any
     metrics: Mapping[str, float]
     own: Loss
-    precise: Loss | None
 
 
 class Recorder:
@@ -110,14 +110,11 @@ class Recorder:
         update = getattr(self._iterate, f"update_{role}")
         sft = rest[0] if rest else None
         first = not any(x.role == role for x in self.updates)
-        of, metrics_of = partial(self._losses, role, state.model), self._losses.metrics_of[role]
-        rounds = rounding_matters(state.model)
+        of, rounds = partial(self._losses, role, state.model), rounding_matters(state.model)
         if first and self._probing:
-            shifted = _shifted(experience, self._iterate)
-            metrics = to_host(metrics_of(state, (shifted, index, *rest)))
-            own = of(shifted, index, sft)
-            wide = of(shifted, index, sft, wide=True) if rounds else None
-            self.probes.append(Probed(role, _host_rows(shifted, index), metrics, own, wide))
+            self._probe(role, state, batch, True)
+            if rounds:
+                self._probe(role, state, batch, False)
         own = of(experience, index, sft)
         wide = of(experience, index, sft, wide=True) if first and rounds else None
         before = sample(state)
@@ -138,6 +135,17 @@ class Recorder:
         )
         self.last[role] = fingerprint(state)
         return state, metrics
+
+    def _probe(self, role: str, state: TrainState, batch: Any, far: bool) -> None:
+        experience, index, *rest = batch
+        if far:
+            experience = _shifted(experience, self._iterate)
+        wide = rounding_matters(state.model)
+        with jax.default_matmul_precision("highest" if wide else None):
+            found = self._losses.metrics_of[role](precise(state), (experience, index, *rest))
+        own = self._losses(role, state.model, experience, index, rest[0] if rest else None, wide)
+        rows = _host_rows(experience, index)
+        self.probes.append(Probed(role, far, rows, to_host(found), own))
 
 
 @jax.jit

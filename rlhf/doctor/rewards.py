@@ -58,14 +58,15 @@ def scores(e: Evidence) -> Finding:
     clip = config.score_clip
     penalty = config.truncation_penalty * ~e.answers.ended if config.truncated == "penalty" else 0.0
     found = []
-    for name, x, own in (
-        ("scores", e.experience, e.scores),
-        *((("another model's scores", e.probe.experience, e.probe.scores),) if e.probe else ()),
-    ):
+    rows = [("scores", e.experience, e.scores, e.score_rounding)]
+    if e.probe is not None:
+        exact = e.score_rounding.exact
+        rows.append(("another model's scores", e.probe.experience, e.probe.scores, exact))
+    for name, x, own, rounding in rows:
         found.append(
             within(
                 np.asarray(x.scores, np.float64) - np.clip(own, -clip, clip) + penalty,
-                e.score_rounding,
+                rounding,
                 f"{name} and the reward model's output at the end of the answer",
                 "the score is read elsewhere than at the token that closed the reward model's training examples (it "
                 "takes the place of any stop token, and follows an answer that was cut off), not clamped to "

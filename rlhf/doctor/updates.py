@@ -67,7 +67,8 @@ def ratio(e: Evidence, learnt: Learnt) -> Finding:
 
 def loss_normalisation(e: Evidence, learnt: Learnt) -> Finding:
     """Parts of every update's loss are the doctor's: means over the whole minibatch, however it is cut."""
-    found = [
+    found = [_parts(e, x, 1.5, "the first update in float32") for x in _probes(e) if not x.far]
+    found += [
         _parts(e, x, 1.5, f"update {i + 1} of the {role}")
         for role in ("critic", "actor")
         for i, x in enumerate(_of(e, role))
@@ -78,7 +79,7 @@ def loss_normalisation(e: Evidence, learnt: Learnt) -> Finding:
 
 def clips(e: Evidence, learnt: Learnt) -> Finding:
     """Far from the policy that sampled, losses are clipped on the right side and no further."""
-    found = [_parts(e, x, 3.0, "a trial far from the policy") for x in _probes(e)]
+    found = [_parts(e, x, 3.0, "a trial far from the policy") for x in _probes(e) if x.far]
     return first_failure(found or [Finding("skip", "seen in an earlier iteration")])
 
 
@@ -87,24 +88,29 @@ def _parts(e: Evidence, x: Updated | Probed, reach: float, where: str) -> Findin
     config, rows, own = e.setting.config, x.rows, x.own
     counts = rows.counts
     limits: dict[str, float] = {}
+    exact = isinstance(x, Probed)
+    of_value, of_logp, of_sft = (
+        rounding.exact if exact else rounding
+        for rounding in (e.value_rounding, e.logp_rounding, e.ref_rounding)
+    )
     if x.role == "critic":
         assert rows.values is not None and rows.returns is not None
         off = np.abs(rows.values.astype(np.float64) - rows.returns)[counts]
-        limits["value_loss"] = e.value_rounding.of_mean(off + config.value_clip + 1.0)
+        limits["value_loss"] = of_value.of_mean(off + config.value_clip + 1.0)
     else:
         ones = np.ones(max(1, int(counts.sum())))
         advantages = np.abs(rows.advantages[counts])
-        limits["policy_loss"] = e.logp_rounding.of_mean(reach * advantages)
-        limits["sft_loss"] = e.ref_rounding.of_mean(ones)
+        limits["policy_loss"] = of_logp.of_mean(reach * advantages)
+        limits["sft_loss"] = of_sft.of_mean(ones)
         away = np.abs(rows.logp.astype(np.float64) - rows.ref_logp)[counts]
-        limits["kl_loss"] = e.logp_rounding.of_mean(away + 0.1)
-        limits["policy_entropy"] = e.logp_rounding.of_mean(4 * ones)
+        limits["kl_loss"] = of_logp.of_mean(away + 0.1)
+        limits["policy_entropy"] = of_logp.of_mean(4 * ones)
     found = []
     for name, limit in limits.items():
         if name not in own.parts and name not in x.metrics:
             continue
         seen, expected = x.metrics.get(name, math.nan), own.parts.get(name, math.nan)
-        if x.precise is not None:
+        if isinstance(x, Updated) and x.precise is not None:
             limit += HEADROOM * abs(x.precise.parts[name] - expected)
         limit = max(limit, 1e-5 * abs(expected))
         found.append(
@@ -181,8 +187,9 @@ def gradient(e: Evidence, learnt: Learnt) -> Finding:
     for probe in _probes(e):
         own = probe.own
         gap = abs(probe.metrics["grad_norm"] - own.norm) / max(own.norm, 1e-12)
-        what = f"gradient norms of the {probe.role} far from the policy"
-        found.append(judged(gap, _doubt(own, probe.precise), what, advice))
+        where = "far from the policy" if probe.far else "in float32"
+        what = f"gradient norms of the {probe.role} {where}"
+        found.append(judged(gap, GRADIENT, what, advice))
     numbers: Counter[str] = Counter()
     for x in e.updates:
         numbers[x.role] += 1

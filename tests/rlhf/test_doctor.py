@@ -611,15 +611,14 @@ def _no_clip_of_the_gradient(patch: Patch) -> None:
     patch.setattr(optax, "clip_by_global_norm", lambda norm: optax.identity())
 
 
-def _cache_one_column_late(patch: Patch) -> None:
-    """Decoding writes keys and values one column late, and over the last one."""
+def _cache_one_column_early(patch: Patch) -> None:
+    """Decoding writes keys and values one column early, over the prompt's last one."""
     decode = Trunk.decode
 
-    def late(self: Trunk, ids: Any, cache: Cache, column: Any, layout: Layout) -> Any:
-        last = cache.real.shape[1] - 1
-        return decode(self, ids, cache, jnp.minimum(column + 1, last), layout)
+    def early(self: Trunk, ids: Any, cache: Cache, column: Any, layout: Layout) -> Any:
+        return decode(self, ids, cache, column - 1, layout)
 
-    patch.setattr(Trunk, "decode", late)
+    patch.setattr(Trunk, "decode", early)
 
 
 def _penalty_for_the_wrong_answers(patch: Patch) -> None:
@@ -766,7 +765,7 @@ BUGS: dict[str, tuple[Callable[[Patch], None], dict[str, Any], set[str]]] = {
     "weight decay of norms": (_decay_of_norms, {}, {"optimizer"}),
     "epsilon inside the root": (_eps_inside_the_root, {}, {"optimizer"}),
     "a gradient that is not clipped": (_no_clip_of_the_gradient, {}, {"gradient"}),
-    "a KV cache one column late": (_cache_one_column_late, {}, {"rollout log-probabilities"}),
+    "a KV cache one column early": (_cache_one_column_early, {}, {"rollout log-probabilities"}),
     "a penalty for the wrong answers": (
         _penalty_for_the_wrong_answers,
         {"config": GROUPS},

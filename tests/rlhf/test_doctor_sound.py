@@ -53,7 +53,7 @@ def setting(seed: int) -> tuple[str, str, PPOConfig, Layout]:
         kl=kl,
         entropy_weight=draw.choice([0.0, 0.02]),
         score_clip=draw.choice([5.0, 1.5]),
-        truncated=draw.choice(["keep", "penalty", "mask"]),  # type: ignore[arg-type]
+        truncated=draw.choice(["keep", "penalty", "mask"]),
         gamma=draw.choice([1.0, 0.9]),
         sft_weight=draw.choice([0.0, 0.3]),
         sampling=sampling,

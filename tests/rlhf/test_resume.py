@@ -196,10 +196,14 @@ def test_runs_killed_anywhere_end_in_the_same_bits(whole: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bits(whole: Path, tmp_path: Path) -> None:
-    recipe = recipe_in(tmp_path / "run")
-    assert go_on(recipe) == "done"
-    assert runs.bits(recipe.output_dir) == runs.bits(whole)
+def test_equal_runs_write_equal_files_wherever(whole: Path, tmp_path: Path) -> None:
+    directories = tmp_path / "one", tmp_path / "another folder" / "zwei %20"
+    for directory in directories:
+        runs.finished(runs.start(directory, tmp_path / "programs"))
+    one, other = map(runs.contents, directories)
+    assert set(runs.OF_THE_COMMAND) <= one.keys()
+    assert one == other
+    assert runs.bits(directories[0]) == runs.bits(whole)
 
 
 def train_six(

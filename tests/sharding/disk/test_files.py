@@ -62,6 +62,7 @@ def test_what_is_written_is_read_bit_for_bit(
         assert found[name].dtype == array.dtype and found[name].shape == array.shape
         assert found[name].read().tobytes() == array.tobytes()
     assert differing(hash_tensors(found), writer.entries) == []
+    assert list(writer.entries) == list(arrays)  # in the order of the specs, whoever came first
 
 
 def test_the_safetensors_package_reads_our_files_and_we_read_its(tmp_path: Path) -> None:

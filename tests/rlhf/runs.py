@@ -17,6 +17,9 @@ from tensorboardX.proto.event_pb2 import Event
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 KILLED = Path(__file__).with_name("killed.py")
+NOTED = ("facts/metadata",)  # its hash, for it has the times of the log
+STAMPS = ("init_timestamp_nsecs", "commit_timestamp_nsecs")  # Orbax's
+OF_THE_COMMAND = (".lock", "recipe.json", "report.html")
 TIMES = ("wall_s", "tokens_per_s", "reshard_s")
 
 
@@ -83,9 +86,6 @@ TIMED: tuple[tuple[str, Callable[[Path, Path], Any]], ...] = (
     ("*/_CHECKPOINT_METADATA", lambda path, _: without(json.loads(path.read_text()), STAMPS)),
     ("*/commit_success.txt", lambda path, _: re.sub(" to .*", "", path.read_text())),
 )
-NOTED = ("facts/metadata",)  # its hash, for it has the times of the log
-OF_THE_COMMAND = (".lock", "recipe.json", "report.html")
-STAMPS = ("init_timestamp_nsecs", "commit_timestamp_nsecs")  # Orbax's
 
 
 def without(fields: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from glm_jax.generate import SamplingConfig, stream
 from glm_jax.model import CausalLM
 from glm_jax.tokenizers import Message, Tokenizer
 from sharding.disk.directory import write_json
+from sharding.disk.paths import absolute
 from sharding.errors import UserError
 from sharding.layout import Layout
 
@@ -72,7 +73,7 @@ class Chat:
             self.tokenizer.chat_prompt([*self.messages, {"role": "user", "content": ""}])
             return "the system message is set, the conversation begins anew"
         if name == "/save":
-            path = Path(argument or "chat.json")
+            path = absolute(Path(argument or "chat.json"))
             write_json(path, list(self.messages))
             return f"saved to {path}"
         raise UserError(f"{name}: unknown command: {HELP}")

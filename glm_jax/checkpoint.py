@@ -84,12 +84,16 @@ class Card:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; give a checkpoint") from None
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path} is no description of a model ({reason})") from None
 
 
 def is_checkpoint(directory: Path) -> bool:
     """Whether this is one of our checkpoints, not a Hugging Face directory."""
-    return (directory / "model.json").exists()
+    try:
+        return (directory / "model.json").exists()
+    except OSError as error:
+        raise UserError(f"cannot read {directory}: {error.strerror}") from None
 
 
 def card_of(directory: Path) -> Card:

@@ -37,6 +37,7 @@ from sharding.disk.manifest import (
     write_entries,
     write_manifest,
 )
+from sharding.disk.paths import absolute
 from sharding.disk.scratch import Scratch
 from sharding.disk.writer import ShardWriter, Spec
 from sharding.errors import UserError
@@ -89,7 +90,7 @@ def _dtype_of(source: Source) -> np.dtype:
 
 def check_space(path: Path, wanted: int) -> None:
     """Raise UserError where the file system of `path` has no room for `wanted` bytes."""
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    existing = next(parent for parent in absolute(path).parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if wanted > free:
         raise UserError(

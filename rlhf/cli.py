@@ -16,6 +16,7 @@ import tyro
 
 from rlhf import bench_cli, checkpoint_cli, data_cli, layout_cli, model_cli, plan_cli, reward_cli
 from rlhf.recipe_file import load_recipe, override
+from sharding.disk.paths import absolute_paths
 from sharding.errors import LostPeers, UserError
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         command = [word for word in command if word != "--debug"]
         job = _commands(options).cli(prog="glm-jax", description=DESCRIPTION, args=command)
-        return job() or 0
+        # the one place where the paths of commands become those that are opened; `override` does it for recipes
+        return job.func(*absolute_paths(job.args)) or 0
     except UserError as error:
         if "--debug" in args:
             traceback.print_exc()

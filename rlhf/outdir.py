@@ -14,6 +14,7 @@ from rlhf.runlog import METRICS_FILE, TENSORBOARD_FOLDER
 from sharding.disk.directory import finite
 from sharding.disk.lock import NAME as LOCK
 from sharding.disk.lock import locked
+from sharding.disk.paths import same
 from sharding.errors import UserError
 
 RECIPE_FILE = "recipe.json"
@@ -136,17 +137,33 @@ def changes(path: Path, recipe: Mapping[str, Any]) -> list[str]:
     try:
         before = _flat(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}): --restart begins anew") from None
-    after = _flat(json.loads(json.dumps(finite(recipe), default=str)))
+        raise UserError(f"cannot read {file} ({error}): --restart begins anew") from None
+    after = _flat(recipe)
     return [
-        f"{name}: {before.get(name, 'none')} -> {after.get(name, 'none')}"
+        f"{name}: {before.get(name, 'none')} -> {_stored(after.get(name, 'none'))}"
         for name in dict.fromkeys([*before, *after])
-        if before.get(name, "none") != after.get(name, "none") and name != "output_dir"
+        if name != "output_dir" and not _alike(before.get(name, "none"), after.get(name, "none"))
     ]
 
 
+def _alike(stored: Any, now: Any) -> bool:
+    """Whether a field of recipe.json has the value `now`; paths are alike where they lead to one place."""
+    if isinstance(now, Path):
+        return isinstance(stored, str) and same(Path(stored), now)
+    if isinstance(now, tuple | list):
+        return (
+            isinstance(stored, list) and len(stored) == len(now) and all(map(_alike, stored, now))
+        )
+    return bool(stored == _stored(now))
+
+
+def _stored(value: Any) -> Any:
+    """`value` as `write_json` writes it and JSON reads it."""
+    return json.loads(json.dumps(finite(value), default=str))
+
+
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, Mapping) or not value:
         return {name: value}
     found: dict[str, Any] = {}
     for key, inner in value.items():

@@ -176,8 +176,9 @@ def _model(name: str) -> "Config":
     """A preset in bfloat16, or the shape of the model in a directory."""
     from glm_jax.checkpoint import read_shape
     from rlhf.layout_cli import preset
+    from sharding.disk.paths import absolute
 
-    config = read_shape(Path(name)) if Path(name).is_dir() else preset(name)
+    config = read_shape(path) if (path := absolute(Path(name))).is_dir() else preset(name)
     return dataclasses.replace(config, compute_dtype="bfloat16")
 
 

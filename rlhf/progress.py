@@ -165,7 +165,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): --restart begins anew") from None
+        raise UserError(f"cannot read {path} ({error}): --restart begins anew") from None
     return found
 
 
@@ -184,7 +184,7 @@ def _history(path: Path, num_bytes: int) -> dict[str, list[dict[str, float]]]:
             history.setdefault(values.pop("stage"), []).append(values)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path} is damaged ({error}): put it back, or --restart begins anew"
+            f"cannot go on with {path} ({error}): put it back, or --restart begins anew"
         ) from None
     return history
 

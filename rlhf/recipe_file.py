@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from sharding.disk.paths import absolute_paths
 from sharding.errors import UserError
 
 
@@ -61,4 +62,4 @@ def override(
         # a field that may hold one of several dataclasses keeps the one that the recipe chose
         config=(tyro.conf.AvoidSubcommands,),
     )
-    return parsed.config, *(getattr(parsed, name) for name in groups)
+    return absolute_paths(parsed.config), *(getattr(parsed, name) for name in groups)

@@ -9,6 +9,7 @@ from glm_jax.config import Head
 from rlhf.progress import FOLDER, kept_for_good
 from sharding import snapshots
 from sharding.disk.lock import locked
+from sharding.disk.paths import absolute
 from sharding.disk.seal import broken, is_sealed
 from sharding.errors import UserError
 from sharding.retention import Retention
@@ -71,7 +72,7 @@ def extract_model(save: Path, role: str, out: Path) -> None:
 
     Raises UserError where `save` is no whole snapshot of a run, holds no such model, or `out` exists.
     """
-    save = save.absolute()
+    save = absolute(save)
     if not save.name.isdecimal() or save.parent.parent.name != FOLDER:
         raise UserError(f"{save} is no snapshot: give a folder that `ls` lists with a step")
     stage, run = save.parent.name, save.parents[2]

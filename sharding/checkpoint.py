@@ -15,11 +15,12 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from sharding.disk.directory import explained
+from sharding.disk.paths import absolute
 from sharding.errors import UserError
 
 Keys = tuple[str, ...]  # of nested dictionaries or modules, from the root to an array
 CHUNK = 1 << 24  # bytes of a file at most: with larger buffers writing is slower
-AGAIN = "the checkpoint is damaged: take a copy of it, or make it again"
+COPY = "take another copy of the checkpoint"
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
@@ -73,7 +74,7 @@ def save(path: Path, tree: Any) -> None:
     Raises UserError where it cannot be written.
     """
     with writing(path), _orbax() as checkpointer:
-        checkpointer.save(path.absolute(), _nested(_flat(tree)), force=True)
+        checkpointer.save(absolute(path), _nested(_flat(tree)), force=True)
 
 
 def restore(path: Path, like: Any) -> Any:
@@ -88,11 +89,16 @@ def restore(path: Path, like: Any) -> Any:
     _check_shapes(path, wanted)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            restored = _flat(checkpointer.restore(path.absolute(), _nested(wanted)))
+            restored = _flat(checkpointer.restore(absolute(path), _nested(wanted)))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot restore a checkpoint from {path}: {reason}") from error
+        raise UserError(f"cannot restore a checkpoint from {path}: {_reason(error)}") from error
     return jax.tree.unflatten(jax.tree.structure(like), [restored[keys] for keys in wanted])
+
+
+def _reason(error: Exception) -> str:
+    """What Orbax or Tensorstore says, in one line without the places in its own source."""
+    told = re.sub(r" \[source locations=.*", "", " ".join(str(error).split()))
+    return told[:300]
 
 
 def _sharding(x: Any) -> jax.sharding.NamedSharding:
@@ -126,8 +132,11 @@ def shapes(path: Path) -> dict[Keys, jax.ShapeDtypeStruct]:
     try:  # Orbax's own reading of it leaves errors of arrays to its log
         entries = json.loads(listing.read_text(encoding="utf-8"))["tree_metadata"].values()
         names = [tuple(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {listing}: {AGAIN}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {listing}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{listing} is no listing of arrays ({reason}): {COPY}") from error
     found = {}
     for keys in names:
         leaf = open_leaf(path, keys)
@@ -162,8 +171,7 @@ class Leaf:
         try:
             return future.result()
         except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"cannot read {self._path}: {reason}: {AGAIN}") from error
+            raise UserError(f"cannot read {self._path}: {_reason(error)}") from error
 
     def read_chunks(self, *index: int) -> Iterator[np.ndarray]:
         """The entries at `index`, as many of their first dimension at a time as lie in one file. Raises as `read`."""
@@ -198,12 +206,14 @@ class Leaf:
         counts = (-(-whole // part) for whole, part in zip(self.shape, chunk, strict=True))
         for index in np.ndindex(*counts):
             file = self._path / (".".join(map(str, index)) or "0")
-            if not file.is_file() or file.stat().st_size != size:
-                raise UserError(f"{file} is missing or not {size:,} bytes long: {AGAIN}")
+            if not file.is_file():
+                raise UserError(f"{file} is missing: {COPY}")
+            if (found := file.stat().st_size) != size:
+                raise UserError(f"{file} has {found:,} bytes instead of {size:,}: {COPY}")
 
 
 def _open(path: Path, keys: Keys, **create: Any) -> Leaf:
-    folder = path.absolute() / ".".join(keys)
+    folder = absolute(path) / ".".join(keys)
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": str(folder)},
@@ -223,7 +233,9 @@ def open_leaf(path: Path, keys: Keys) -> Leaf:
     try:
         return _open(path, keys)
     except ValueError as error:
-        raise UserError(f"{path}: holds no readable array {'.'.join(keys)}: {AGAIN}") from error
+        raise UserError(
+            f"{path}: cannot open the array {'.'.join(keys)}: {_reason(error)}"
+        ) from error
 
 
 def chunks_of(shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> tuple[int, ...]:
@@ -256,7 +268,7 @@ def create(
     leaves = {}
     with writing(path):
         with _orbax() as checkpointer:
-            checkpointer.save(path.absolute(), _nested(placeholders))
+            checkpointer.save(absolute(path), _nested(placeholders))
         for keys, like in arrays.items():
             dtype = np.dtype(like.dtype)
             metadata = {

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 from sharding.disk.directory import new_directory
+from sharding.disk.paths import absolute
 from sharding.errors import LostPeers, UserError
 
 T = TypeVar("T")
@@ -303,7 +304,7 @@ def shared_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         name = told_by_first(lambda: stack.enter_context(new_directory(path, replace)).name)
-        partial_directory = path.absolute().with_name(name)
+        partial_directory = absolute(path).with_name(name)
         failure: Exception | None = None
         try:
             yield partial_directory

@@ -15,6 +15,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from sharding import checkpoint
 from sharding.background import give_way, writers_give_way_while
+from sharding.disk.paths import absolute
 from sharding.disk.seal import broken, is_sealed, seal
 from sharding.errors import UserError
 from sharding.processes import on_first, told_by_first
@@ -51,7 +52,7 @@ class Snapshots:
     """
 
     def __init__(self, directory: Path, retention: Retention = Retention()) -> None:
-        self.directory = directory.absolute()
+        self.directory = absolute(directory)
         self._retention = retention
         self._step = 0  # being written
         on_first(self._clear)
@@ -108,10 +109,12 @@ class Snapshots:
         def find() -> str:
             for step in sorted(self._manager.all_steps(), reverse=True):
                 directory = self.path(step)
-                problems = broken(directory) if is_sealed(directory) else ["it has no seal"]
-                if not problems:
+                if not is_sealed(directory):
+                    tell(f"{directory} was never finished and is not used: it has no seal")
+                elif problems := broken(directory):
+                    tell(f"{directory} is damaged and is not used: {problems[0]}")
+                else:
                     return str(step)
-                tell(f"{directory} is damaged and is not used: {problems[0]}")
             return ""
 
         found = told_by_first(find)

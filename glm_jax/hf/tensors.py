@@ -113,7 +113,7 @@ def check_finite(values: np.ndarray, stored: Stored) -> None:
     worst_negative, worst_positive = bits.max(), bits.view(f"i{values.itemsize}").max()
     if worst_negative >= sign + infinity or worst_positive >= infinity:
         raise UserError(
-            f"{stored.path}: tensor {stored.name} holds NaN or infinity: the checkpoint is damaged"
+            f"{stored.path}: tensor {stored.name} holds NaN or infinity: give weights that are finite"
         )
 
 

@@ -7,8 +7,9 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -85,8 +86,7 @@ def fingerprint(data: Data) -> str:
     """Twelve hexadecimal digits that name the data set. Raises UserError where a file of it cannot be read."""
     builder = builder_of(data)
     paths = data.paths()
-    read = {name.split()[0] for name in paths}  # by content, wherever they are
-    fields = {name: value for name, value in dataclasses.asdict(data).items() if name not in read}
+    fields = _without_paths(dataclasses.asdict(data))  # files count by content, wherever they are
     digest = hashlib.sha256(
         f"{builder.__name__} {builder.VERSION} {sorted(fields.items())}".encode()
     )
@@ -97,6 +97,16 @@ def fingerprint(data: Data) -> str:
             raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
         digest.update(f"{name} {content}".encode())
     return digest.hexdigest()[:12]
+
+
+def _without_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, nested ones too, whose value is neither a path nor a sequence of paths."""
+    return {
+        name: _without_paths(value) if isinstance(value, Mapping) else value
+        for name, value in fields.items()
+        if not isinstance(value, Path)
+        and not (isinstance(value, tuple) and any(isinstance(x, Path) for x in value))
+    }
 
 
 def _build(

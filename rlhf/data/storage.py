@@ -5,7 +5,7 @@ TensorFlow is never imported: TFDS imports it only for its own tf.data readers.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, get_type_hints, overload
+from typing import Any, ClassVar, overload
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -15,15 +15,14 @@ from rlhf.data.records import Example, Preference, Prompt, Split, Splits
 RecordType = type[Example] | type[Preference] | type[Prompt]
 RECORD_TYPES: dict[str, RecordType] = {"sft": Example, "preferences": Preference, "prompts": Prompt}
 
-
-_FEATURES = {float: np.float64, bool: np.bool_}
+FIELD = "record"
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
     """One builder configuration a table, with the splits `train` and `heldout`.
 
-    A field is a text, a number or a truth; prompts are JSON, because a conversation as nested
-    features is written and read several times slower.
+    A record is one JSON text, which gives the same bytes in every process; protocol buffers write the features of an
+    example in an order that differs from process to process.
     """
 
     BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
@@ -38,27 +37,28 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        record = RECORD_TYPES[self.builder_config.name]
         return tfds.core.DatasetInfo(
             builder=self,
             description=type(self).__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    name: _FEATURES.get(kind, tfds.features.Text())
-                    for name, kind in get_type_hints(record).items()
-                }
-            ),
+            features=tfds.features.FeaturesDict({FIELD: tfds.features.Text()}),
             disable_shuffling=True,  # the source has chosen the order; row numbers mean something
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+    def _split_generators(
+        self, dl_manager: Any
+    ) -> dict[str, Iterator[tuple[int, dict[str, bytes]]]]:
         table: Split = getattr(self._splits(), self.builder_config.name)
         return {side: self._generate_examples(rows) for side, rows in table._asdict().items()}
 
-    def _generate_examples(self, rows: Sequence[Any]) -> Iterator[tuple[int, dict[str, str]]]:
+    def _generate_examples(self, rows: Sequence[Any]) -> Iterator[tuple[int, dict[str, bytes]]]:
         for number, record in enumerate(rows):
-            prompt = json.dumps(record.prompt, ensure_ascii=False)
-            yield number, record._replace(prompt=prompt)._asdict()
+            text = json.dumps(record._asdict(), ensure_ascii=False, default=_scalar)
+            yield number, {FIELD: text.encode("utf-8", "surrogatepass")}
+
+
+def _scalar(number: np.generic) -> Any:
+    """The Python number of a NumPy one, to the bit."""
+    return number.item()
 
 
 class StoredRecords(Sequence[Any]):
@@ -87,9 +87,6 @@ class StoredRecords(Sequence[Any]):
         return self._decode(self._source[index % len(self)])
 
     def _decode(self, stored: Mapping[str, Any]) -> Any:
-        fields: dict[str, Any] = {
-            name: value.decode() if isinstance(value, bytes) else np.asarray(value).item()
-            for name, value in stored.items()
-        }
-        fields["prompt"] = tuple(json.loads(fields["prompt"]))
+        fields: dict[str, Any] = json.loads(stored[FIELD])
+        fields["prompt"] = tuple(fields["prompt"])
         return self._record_type(**fields)

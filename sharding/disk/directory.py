@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sharding.disk.paths import absolute
 from sharding.errors import UserError
 
 ADVICE = {
@@ -38,7 +39,7 @@ def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
 
     Raises UserError where `path` exists already and is not to be replaced, or cannot be written.
     """
-    path = path.absolute()
+    path = absolute(path)
     if path.exists() and not replace:
         raise UserError(f"{path} exists already: choose another name or remove it")
     if path.exists() and (path.is_symlink() or not path.is_dir()):

@@ -53,10 +53,10 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise UserError(
-            f"{path}: the safetensors header is damaged: fetch the file again"
+            f"{path}: the safetensors header is not valid: fetch the file again"
         ) from None
     if not isinstance(header, dict):
-        raise UserError(f"{path}: the safetensors header is damaged: fetch the file again")
+        raise UserError(f"{path}: the safetensors header is not valid: fetch the file again")
     header.pop("__metadata__", None)
     start = 8 + length
     stored = [_entry(path, name, entry, start) for name, entry in header.items()]
@@ -65,7 +65,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     for tensor in stored:
         if tensor.offset != end:
             raise UserError(
-                f"{path}: tensor {tensor.name} does not begin where the one before it ends: damaged header"
+                f"{path}: tensor {tensor.name} does not begin where the one before it ends: fetch the file again"
             )
         end += tensor.nbytes
     if end > size and stored:
@@ -73,7 +73,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             f"{path}: truncated: its header promises {end} bytes, it has {size} (tensor {stored[-1].name} is not whole)"
         )
     if end != size:
-        raise UserError(f"{path}: {size - end} bytes follow the last tensor: damaged file")
+        raise UserError(f"{path}: {size - end} bytes follow the last tensor: fetch the file again")
     return {tensor.name: tensor for tensor in stored}
 
 
@@ -84,7 +84,7 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
         if not isinstance(dtype, str) or not possible(shape, begin, end) or begin > end:
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: the header's entry of tensor {name} is damaged") from None
+        raise UserError(f"{path}: the header's entry of tensor {name} is not valid") from None
     if dtype not in DTYPES:
         raise UserError(f"{path}: tensor {name} has dtype {dtype!r}, which is not supported")
     stored = Stored(name, path, start + begin, DTYPES[dtype], tuple(shape))

@@ -53,7 +53,7 @@ def broken(directory: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}: it was never complete") from None
     except (AttributeError, TypeError, ValueError) as error:
-        return [f"{path} is damaged: {error}"]
+        return [f"{path} cannot be read: {error}"]
     problems = []
     for name, (size, digest) in wanted.items():
         file = directory / name

@@ -127,7 +127,7 @@ def read_index(path: Path) -> dict[str, Stored]:
         with path.open("rb") as file:
             if file.read(4) != b"PK\x03\x04":
                 raise UserError(
-                    f"{path}: not PyTorch's zip format (older than PyTorch 1.6, or damaged): load it with PyTorch and "
+                    f"{path}: not PyTorch's zip format (of PyTorch before 1.6, or truncated): load it with PyTorch and "
                     f"save it again, or convert it to safetensors"
                 )
             with zipfile.ZipFile(file) as archive:
@@ -140,7 +140,7 @@ def read_index(path: Path) -> dict[str, Stored]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except DAMAGE:
-        raise UserError(f"{path}: a damaged or truncated zip archive: fetch it again") from None
+        raise UserError(f"{path}: no whole zip archive: fetch it again") from None
 
 
 def _key(name: str) -> str:
@@ -168,7 +168,7 @@ def _read_pickle(
     except (UserError, zipfile.BadZipFile):
         raise
     except Exception as error:  # a damaged pickle can raise whatever its opcodes run into
-        raise UserError(f"{path}: data.pkl is damaged or no checkpoint: {error}") from None
+        raise UserError(f"{path}: data.pkl is no checkpoint: {error}") from None
     if not isinstance(tree, dict) or not tree:
         raise UserError(f"{path}: holds a {type(tree).__name__}, expected a dictionary of tensors")
     for name, value in tree.items():
@@ -216,9 +216,11 @@ def _locate(
     header = file.read(30)
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     if header[:4] != b"PK\x03\x04" or file.read(name_length) != info.orig_filename.encode():
-        raise UserError(f"{path}: tensor {name}: a damaged zip archive: fetch it again")
+        raise UserError(f"{path}: tensor {name}: no whole zip archive: fetch it again")
     start = info.header_offset + 30 + name_length + extra_length
     following = [o.header_offset for o in entries.values() if o.header_offset > info.header_offset]
     if following and start + info.file_size > min(following):
-        raise UserError(f"{path}: tensor {name}: its storage reaches into the next: damaged file")
+        raise UserError(
+            f"{path}: tensor {name}: its storage reaches into the next: fetch the file again"
+        )
     return Stored(name, path, start + tensor.first * dtype.itemsize, dtype, tensor.shape)

@@ -60,7 +60,7 @@ class ShardWriter:
         self, directory: Path, specs: Sequence[Spec], max_bytes: int | None = None
     ) -> None:
         self.directory = directory
-        self.entries: dict[str, Entry] = {}  # by name, of the tensors written so far
+        self._entries: dict[str, Entry] = {}
         self._places: dict[str, tuple[Spec, str, int]] = {}
         self._descriptors: dict[str, int] = {}
         names = [spec.name for spec in specs]
@@ -91,12 +91,17 @@ class ShardWriter:
             self._descriptors[file] = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o644)
             _write(self._descriptors[file], memoryview(header), 0)
 
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Hashes of the tensors written so far by name, in the order of the specs: threads `put` in any order."""
+        return {name: self._entries[name] for name in self._places if name in self._entries}
+
     def put(self, name: str, array: np.ndarray) -> None:
         """Write one tensor. Raises ValueError unless it is the announced one, for the first time."""
         if name not in self._places:
             raise ValueError(f"{name}: was not announced")
         spec, file, offset = self._places[name]
-        if array.shape != spec.shape or array.dtype != spec.dtype or name in self.entries:
+        if array.shape != spec.shape or array.dtype != spec.dtype or name in self._entries:
             raise ValueError(
                 f"{name}: {array.dtype} {array.shape} is not what was announced: {spec}"
             )
@@ -108,7 +113,7 @@ class ShardWriter:
             with explained(self.directory / file):
                 _write(self._descriptors[file], chunk, offset + start)
             digest.update(chunk)
-        self.entries[name] = Entry(file, spec.dtype.name, spec.shape, digest.hexdigest())
+        self._entries[name] = Entry(file, spec.dtype.name, spec.shape, digest.hexdigest())
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -124,7 +129,7 @@ class ShardWriter:
                 with explained(self.directory / file):  # a network disk may tell only now
                     os.close(self._descriptors.pop(file))
         self._close()
-        lacking = set(self._places) - set(self.entries)
+        lacking = set(self._places) - set(self._entries)
         if kind is None and lacking:
             raise ValueError(
                 f"{len(lacking)} tensors were never written, {min(lacking)} among them"

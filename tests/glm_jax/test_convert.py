@@ -351,7 +351,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*model\.json"):
         export_hf(tmp_path, tmp_path / "out", None, "keep", None, _quiet)
     (tmp_path / "model.json").write_text("{}")
-    with pytest.raises(UserError, match=r"model\.json is damaged"):
+    with pytest.raises(UserError, match=r"model\.json is no description of a model"):
         export_hf(tmp_path, tmp_path / "out", None, "keep", None, _quiet)
     (tmp_path / "model.json").unlink()
     with pytest.raises(UserError, match=r"cannot read .*config\.json"):

@@ -1,18 +1,25 @@
 """Runs as processes of their own, which can be killed, and what two of them are compared by."""
 
+import fnmatch
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tensorboardX.proto.event_pb2 import Event
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 KILLED = Path(__file__).with_name("killed.py")
+NOTED = ("facts/metadata",)  # its hash, for it has the times of the log
+STAMPS = ("init_timestamp_nsecs", "commit_timestamp_nsecs")  # Orbax's
+OF_THE_COMMAND = (".lock", "recipe.json", "report.html")
 TIMES = ("wall_s", "tokens_per_s", "reshard_s")
 
 
@@ -64,25 +71,76 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     return [{name: x for name, x in line.items() if name not in TIMES} for line in lines]
 
 
-def bits(directory: Path) -> dict[str, Any]:
-    """What a finished run must have to the bit: weights, metrics, samples, figures, scores, pairs; and of every
-    second step the optimizers' states, critic, KL coefficient and places in the data."""
-    found: dict[str, Any] = {"metrics": metrics(directory)}
-    for path in sorted((directory / "state").glob("*/*/state/*/*")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[str(path.relative_to(directory))] = digest
-    for path in sorted((directory / "state").glob("*/*/facts/metadata")):
-        told = json.loads(path.read_text())
-        del told["facts"]["log"]
-        found[str(path.relative_to(directory))] = told
-    assert {"sft", "reward", "ppo", "dpo"} == {
-        path.name for path in (directory / "state").glob("*/")
-    }
-    for path in sorted((directory / "checkpoints").glob("*/weights/*/*")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[str(path.relative_to(directory))] = digest
-    for name in ("samples.json", "references.jsonl", "hf/model.safetensors", "dpo_pairs.npz"):
-        found[name] = hashlib.sha256((directory / name).read_bytes()).hexdigest()
-    summary = json.loads((directory / "summary.json").read_text())
-    found["summary"] = {name: x for name, x in summary.items() if name not in TIMES}
+# What of a run's files is no function of recipe, data and seed: names of files by pattern, and what of each is a time,
+# a number that follows from times, a process or the place where the run lies.
+TIMED: tuple[tuple[str, Callable[[Path, Path], Any]], ...] = (
+    (".lock", lambda path, _: None),  # the process
+    ("metrics.jsonl", lambda path, _: metrics(path.parent)),
+    ("summary.json", lambda path, _: without(json.loads(path.read_text()), TIMES)),
+    ("recipe.json", lambda path, _: without(json.loads(path.read_text()), ("output_dir",))),
+    ("report.html", lambda path, directory: page(path, directory)),
+    ("tensorboard/events.*", lambda path, _: scalars(path)),  # the name: a time and the host
+    ("state/journal.json", lambda path, _: without(json.loads(path.read_text()), ("log",))),
+    ("state/*/facts/metadata", lambda path, _: facts(path)),
+    ("state/*/seal.json", lambda path, _: without(json.loads(path.read_text()), NOTED)),
+    ("*/_CHECKPOINT_METADATA", lambda path, _: without(json.loads(path.read_text()), STAMPS)),
+    ("*/commit_success.txt", lambda path, _: re.sub(" to .*", "", path.read_text())),
+)
+
+
+def without(fields: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The others of these fields."""
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What a snapshot says beside its arrays, without the times of the log."""
+    noted: dict[str, Any] = json.loads(path.read_text())
+    return {**noted, "facts": without(noted["facts"], ("log",))}
+
+
+def page(path: Path, directory: Path) -> str:
+    """The report without its seconds and without the run's place and name."""
+    text = path.read_text(encoding="utf-8")
+    text = text.replace(json.dumps(str(directory), ensure_ascii=False)[1:-1], "")
+    text = text.replace(f"glm-jax: {directory.name}<", "glm-jax: <")
+    text = re.sub("<dt>Time</dt><dd>[^<]*</dd>", "", text)
+    return re.sub("<h2>Time</h2>.*?<h2>", "<h2>", text, flags=re.DOTALL)
+
+
+def scalars(path: Path) -> list[tuple[str, int, float]]:
+    """Tag, step and value of TensorBoard's events, in order."""
+    data, found = path.read_bytes(), list[tuple[str, int, float]]()
+    while data:  # length, its checksum, the event, its checksum
+        end = 12 + int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12:end])
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        data = data[end + 4 :]
     return found
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """A digest of every file of a finished run, without what `TIMED` names."""
+    found: dict[str, str] = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = str(path.relative_to(directory))
+        if path.parent.name == "tensorboard":
+            name = "tensorboard/events.*"
+        for pattern, read in TIMED:
+            if fnmatch.fnmatch(name, pattern):
+                content = json.dumps(read(path, directory), sort_keys=True).encode()
+                break
+        else:
+            content = path.read_bytes()
+        assert name not in found
+        found[name] = hashlib.sha256(content).hexdigest()
+    stages = {path.name for path in (directory / "state").glob("*/")}
+    assert stages == {"sft", "reward", "ppo", "dpo"}
+    assert sum(name.startswith("checkpoints/ppo/weights/") for name in found) > 10
+    return found
+
+
+def bits(directory: Path) -> dict[str, str]:
+    """`contents`, without the files that the command alone writes: what a run must have to the bit."""
+    found = contents(directory)
+    return {name: digest for name, digest in found.items() if name not in OF_THE_COMMAND}

@@ -192,7 +192,7 @@ def test_errors_are_one_line_unless_debug(
 ) -> None:
     assert fail("run", "missing.py", capsys=capsys) == (
         1,
-        "glm-jax: error: recipe missing.py: no such file\n",
+        f"glm-jax: error: recipe {Path('missing.py').absolute()}: no such file\n",
     )
     (tmp_path / "file").write_text("mine")
     options = ["--output-dir", str(tmp_path / "file")]
@@ -242,8 +242,8 @@ def test_a_field_of_several_types_keeps_the_recipes_choice(tmp_path: Path) -> No
     config, description = load_recipe(write_recipe(tmp_path, text))
     assert description == "What this recipe is for."
     changed, *_ = override(config, ["--data.sft", "d"], prog="glm-jax", description="")
-    assert changed.data.sft == Path("d")
-    assert changed.data.preferences == Path("b")
+    assert changed.data.sft == Path("d").absolute()
+    assert changed.data.preferences == Path("b").absolute()
     assert type(changed) is Recipe
 
 

@@ -5,12 +5,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf.data.files.files import FilesData
-from rlhf.data.prepare import prepare
+from rlhf.data.filter_config import FilterConfig
+from rlhf.data.prepare import fingerprint, prepare
+from rlhf.data.public import SOURCES, PublicData
 from rlhf.data.reviews.reviews import ReviewsData
+from sharding.disk.seal import digest
 from sharding.errors import UserError
 
 
@@ -42,7 +46,7 @@ def test_what_is_stored_is_what_the_source_gave(reviews_data: ReviewsData, tmp_p
 def test_conversations_survive_storage(tmp_path: Path) -> None:
     talk = [
         {"role": "assistant", "metadata": "look", "content": '{"a": "灯"}'},
-        {"role": "observation", "content": "很\n亮"},
+        {"role": "observation", "content": "很\n亮\ud800"},
     ]
     for name, fields in (
         ("sft", {"response": " 亮 "}),
@@ -101,6 +105,60 @@ def test_preparing_twice_builds_once_and_a_change_builds_anew(
         file.write("\n灯泡都很亮，看着真舒服")
     edited = prepare(reviews_data, root)
     assert sum(map(len, edited.sft)) == sum(map(len, other.sft)) + 1
+
+
+def test_equal_data_gives_equal_files_wherever_it_lies(tmp_path: Path) -> None:
+    """In two processes, from two folders: protocol buffers order their maps by addresses."""
+    digests = []
+    for name in ("one", "another folder"):
+        folder = tmp_path / name
+        (folder / "source").mkdir(parents=True)
+        lines = [
+            json.dumps({"prompt": str(i), "chosen": "亮", "rejected": "暗"}) for i in range(40)
+        ]
+        (folder / "source" / "pairs").write_text("\n".join(lines), encoding="utf-8")
+        code = (
+            "import sys; from pathlib import Path;"
+            "from rlhf.data.prepare import prepare;"
+            "from rlhf.data.files.files import FilesData;"
+            "source, root = map(Path, sys.argv[1:]);"
+            "data = FilesData(preferences=(source / 'pairs',), heldout_fraction=0.3);"
+            "assert prepare(data, root, ('preferences',)).preferences.train[0].chosen == '亮'"
+        )
+        root = Path(__file__).resolve().parents[2]
+        command = [sys.executable, "-c", code, str(folder / "source"), str(folder / "data")]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        assert not done.returncode, done.stderr
+        files = (path for path in (folder / "data").rglob("*") if path.is_file())
+        digests.append(
+            {str(path.relative_to(folder)): digest(path.parent, path.name) for path in files}
+        )
+    assert len(digests[0]) >= 5 and digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("name", ["hh-rlhf", "oasst1", "ultrafeedback"])
+def test_a_fingerprint_knows_contents_and_settings_alone(
+    name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names, filters = SOURCES[name][1], FilterConfig(marks=Path("b/marks"))
+    for folder in ("a", "b"):
+        for file in names:
+            (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / file).write_text(file)
+        (tmp_path / folder / "marks").write_text("")
+    data = PublicData(name, Path("a"), filters=filters)
+    ours = fingerprint(data)
+    for path in (Path("b"), tmp_path / "a", tmp_path / "a" / ".." / "b"):
+        same = replace(data, directory=path, filters=replace(filters, marks=path / "marks"))
+        assert fingerprint(same) == ours, path
+    (tmp_path / "b" / names[0]).write_text("edited")
+    changed = (
+        replace(data, directory=Path("b")),
+        replace(data, seed=1),
+        replace(data, filters=replace(filters, balance=not filters.balance)),
+    )
+    assert len({ours, *map(fingerprint, changed)}) == 4
 
 
 def test_a_failed_build_leaves_nothing_that_looks_whole(

@@ -27,12 +27,12 @@ def use(
         return resumed
 
 
-def make_run(path: Path) -> None:
+def make_run(path: Path, recipe: dict[str, Any] = RECIPE) -> None:
     """What a run leaves that can go on."""
     (path / "state").mkdir(parents=True)
     (path / "state" / "journal.json").write_text("{}")
     (path / METRICS_FILE).write_text("{}\n")
-    (path / "recipe.json").write_text(json.dumps(RECIPE, default=str))
+    (path / "recipe.json").write_text(json.dumps(recipe, default=str))
 
 
 def test_a_run_that_cannot_go_on_moves_aside(tmp_path: Path) -> None:
@@ -52,6 +52,25 @@ def test_a_run_of_the_same_recipe_goes_on(tmp_path: Path) -> None:
     elsewhere = RECIPE | {"output_dir": tmp_path}
     assert use(tmp_path / "run", elsewhere)
     assert use(tmp_path / "run", elsewhere, Resume(resume=True))
+
+
+def test_a_recipe_with_paths_in_another_spelling_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run", RECIPE | {"pretrained": "m", "data": {"files": ["d"]}})
+    spellings = (Path("m"), tmp_path / "m", Path("elsewhere/../m"), tmp_path / "link" / "m")
+    for path in spellings:
+        same = {"pretrained": path, "data": {"files": (path.with_name("d"),)}}
+        assert use(tmp_path / "run", RECIPE | same)
+    other = RECIPE | {"pretrained": Path("elsewhere/m"), "data": {"files": (Path("d"), Path("e"))}}
+    message = r"pretrained: m -> elsewhere/m; data.files: \['d'\] -> \['d', 'e'\]"
+    with pytest.raises(UserError, match=message):
+        use(tmp_path / "run", other)
+    with pytest.raises(UserError, match="pretrained: m -> None"):
+        use(tmp_path / "run", RECIPE | {"pretrained": None, "data": {"files": (Path("d"),)}})
 
 
 def test_another_recipe_is_refused_with_its_fields(tmp_path: Path) -> None:
@@ -106,7 +125,7 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
 def test_a_damaged_recipe_is_told(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     (tmp_path / "run" / "recipe.json").write_text("{")
-    with pytest.raises(UserError, match=r"recipe.json is damaged .*: --restart begins anew"):
+    with pytest.raises(UserError, match=r"cannot read .*recipe.json .*: --restart begins anew"):
         use(tmp_path / "run")
 
 

@@ -211,7 +211,7 @@ def test_arrays_cut_into_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with jax.set_mesh(Layout().mesh()), pytest.raises(UserError, match="nowhere is no checkpoint"):
         checkpoint.restore(tmp_path / "nowhere", {"w": jnp.zeros(2)})
-    with pytest.raises(UserError, match=r"nowhere: holds no readable array trunk\.w"):
+    with pytest.raises(UserError, match=r"nowhere: cannot open the array trunk\.w"):
         checkpoint.open_leaf(tmp_path / "nowhere", ("trunk", "w"))
 
 
@@ -260,7 +260,10 @@ def test_a_file_missing_or_cut_short(
     with jax.set_mesh(Layout().mesh()):
         like = _like(Layout())
         for read in (lambda: checkpoint.restore(path, like), lambda: checkpoint.shapes(path)):
-            with pytest.raises(UserError, match=re.escape(f"{file} is missing or not")):
+            with pytest.raises(
+                UserError,
+                match=re.escape(f"{file} {'is missing' if damage is _unlink else 'has '}"),
+            ):
                 read()
     with pytest.raises(UserError, match=re.escape(f"cannot read {file.parent}")) as error:
         checkpoint.open_leaf(path, tuple(array.split("."))).read()
@@ -269,7 +272,7 @@ def test_a_file_missing_or_cut_short(
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("_METADATA", "cannot read .*_METADATA"), ("scale/.zarray", "holds no readable array scale")],
+    [("_METADATA", "_METADATA is no listing"), ("scale/.zarray", "cannot open the array scale")],
 )
 @pytest.mark.parametrize(
     "text", ["", "{", "{}", "[]", '{"tree_metadata": [1]}', '{"tree_metadata": {"a": 1}}']
@@ -288,7 +291,7 @@ def test_an_array_that_is_gone(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "step" / "scale")
     with (
         jax.set_mesh(Layout().mesh()),
-        pytest.raises(UserError, match="holds no readable array scale"),
+        pytest.raises(UserError, match="cannot open the array scale"),
     ):
         checkpoint.restore(tmp_path / "step", _like(Layout()))
 

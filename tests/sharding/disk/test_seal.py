@@ -56,7 +56,7 @@ def garble(directory: Path) -> None:
         (cut, "weights/0.0 has 99 bytes instead of 100"),
         (remove, "weights/0.0: No such file or directory"),
         (add, "weights/0.1 does not belong there"),
-        (garble, "seal.json is damaged"),
+        (garble, "seal.json cannot be read"),
     ],
 )
 def test_every_damage_is_told_with_its_file(

@@ -16,13 +16,18 @@ RecordType = type[Example] | type[Preference] | type[Prompt]
 RECORD_TYPES: dict[str, RecordType] = {"sft": Example, "preferences": Preference, "prompts": Prompt}
 
 
-_FEATURES = {float: np.float64, bool: np.bool_}
+_FEATURES = {str: tfds.features.Text(), float: np.float64, bool: np.bool_}  # of another type: JSON
+# what JSON makes a list of -> the record's own type
+_DECODED: dict[str, Callable[[Any], Any]] = {
+    "prompt": tuple,
+    "labels": lambda labels: {name: tuple(numbers) for name, numbers in labels.items()},
+}
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
     """One builder configuration a table, with the splits `train` and `heldout`.
 
-    A field is a text, a number or a truth; prompts are JSON, because a conversation as nested
+    A field is a text, a number or a truth; all else is JSON, because a conversation as nested
     features is written and read several times slower.
     """
 
@@ -44,21 +49,30 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
             description=type(self).__doc__,
             features=tfds.features.FeaturesDict(
                 {
-                    name: _FEATURES.get(kind, tfds.features.Text())
+                    name: _FEATURES.get(kind, _FEATURES[str])
                     for name, kind in get_type_hints(record).items()
                 }
             ),
             disable_shuffling=True,  # the source has chosen the order; row numbers mean something
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         table: Split = getattr(self._splits(), self.builder_config.name)
         return {side: self._generate_examples(rows) for side, rows in table._asdict().items()}
 
-    def _generate_examples(self, rows: Sequence[Any]) -> Iterator[tuple[int, dict[str, str]]]:
+    def _generate_examples(self, rows: Sequence[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+        names = _json_fields(RECORD_TYPES[self.builder_config.name])
         for number, record in enumerate(rows):
-            prompt = json.dumps(record.prompt, ensure_ascii=False)
-            yield number, record._replace(prompt=prompt)._asdict()
+            fields = record._asdict()
+            for name in names:
+                value = dict(fields[name]) if name == "labels" else fields[name]
+                fields[name] = json.dumps(value, ensure_ascii=False)
+            yield number, fields
+
+
+def _json_fields(record_type: RecordType) -> list[str]:
+    """Fields that no feature holds as they are."""
+    return [name for name, kind in get_type_hints(record_type).items() if kind not in _FEATURES]
 
 
 class StoredRecords(Sequence[Any]):
@@ -67,6 +81,7 @@ class StoredRecords(Sequence[Any]):
     def __init__(self, source: Any, record_type: RecordType):
         self._source = source
         self._record_type = record_type
+        self._json = _json_fields(record_type)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -91,5 +106,6 @@ class StoredRecords(Sequence[Any]):
             name: value.decode() if isinstance(value, bytes) else np.asarray(value).item()
             for name, value in stored.items()
         }
-        fields["prompt"] = tuple(json.loads(fields["prompt"]))
+        for name in self._json:
+            fields[name] = _DECODED.get(name, lambda value: value)(json.loads(fields[name]))
         return self._record_type(**fields)

@@ -8,4 +8,4 @@ from rlhf.data.storage import RecordsBuilder
 class Files(RecordsBuilder):
     """Records of the user's own files."""
 
-    VERSION = tfds.core.Version("2.0.0")
+    VERSION = tfds.core.Version("3.0.0")

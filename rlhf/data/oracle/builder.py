@@ -8,4 +8,4 @@ from rlhf.data.storage import RecordsBuilder
 class Oracle(RecordsBuilder):
     """Requests for words, answers of words, and judgements of annotators whose faults are known."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")

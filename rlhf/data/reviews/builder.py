@@ -8,4 +8,4 @@ from rlhf.data.storage import RecordsBuilder
 class Reviews(RecordsBuilder):
     """Chinese product reviews: openings as prompts, praise preferred to blame."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")

@@ -23,7 +23,8 @@ from glm_jax.model import CausalLM, init_model
 from glm_jax.scalar import ScalarModel
 from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer, load_tokenizer
 from glm_jax.train import Report
-from rlhf.data.prepare import build_tables, fingerprint, open_tables
+from rlhf.data.accounts import Accounts
+from rlhf.data.prepare import build_tables, fingerprint, open_accounts, open_tables
 from rlhf.data.records import Splits
 from rlhf.progress import NOT_KEPT, Progress
 from rlhf.recipe import BaseRecipe
@@ -39,6 +40,7 @@ class BaseRun:
     """One run of a recipe on one mesh, which is set while it goes."""
 
     tokenizer: Tokenizer  # known once there is data
+    accounts: Accounts  # of its records
 
     def __init__(
         self, recipe: BaseRecipe, layout: Layout, log: RunLog, progress: Progress = NOT_KEPT
@@ -72,13 +74,21 @@ class BaseRun:
         return told
 
     def prepare(self, *tables: str) -> Splits:
-        """These tables of the data, which the first process writes and then all read."""
-        data = self.recipe.data
-        name = told_by_first(partial(fingerprint, data))
-        self.progress.require_same("data", name)
-        root = self.directory / "data" / name
+        """These tables of the data, which the first process writes and then all read; opens their `accounts`.
+
+        Pairs are neither balanced nor weighed yet: that is done with those that fit.
+        """
+        self.progress.require_same("data", told_by_first(partial(fingerprint, self.recipe.data)))
+        data = self.recipe.data.undebiased()
+        root = self.directory / "data" / told_by_first(partial(fingerprint, data))
         on_first(partial(build_tables, data, root, tables, self.log.note))
+        self.accounts = together(partial(open_accounts, root, tables))
         return together(partial(open_tables, data, root, tables))
+
+    def note_accounts(self) -> None:
+        """Say what was left out of the data, and why: a line for each side of a table."""
+        for line in self.accounts.lines():
+            self.log.note(f"data: {line}")
 
     def require_same_models(self, **paths: Path | None) -> None:
         """Raise UserError where a model that the run is made of is no longer what it was when the run began."""

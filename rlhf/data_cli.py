@@ -216,13 +216,16 @@ def _filter(
         selection = select(surveyed, config)
         again = read_records(files, Tally(mistakes), form)  # what was skipped has been told
         with (directory / "pairs.jsonl").open("w", encoding="utf-8") as lines:
-            for comparison, pair in kept(again, selection):
-                write_line(lines, pair_line(comparison, pair))
+            for _, pair in kept(again, selection):
+                write_line(lines, pair_line(pair, pair.weight))
         before = buckets(selection.before_balance, config.edges)
-        after = buckets(selection.pairs, config.edges)
+        after = buckets(selection.pairs, config.edges, selection.weight)
         (directory / "balance.png").write_bytes(draw_balance(before, after, unit))
-        write_json(directory / "report.json", _report(selection, before, after, tally, unit))
+        report = _report(selection, before, after, tally, unit)
+        write_json(directory / "report.json", {**report, "no_comparisons": surveyed.others})
     console = Console(soft_wrap=True, highlight=False)
+    if surveyed.others:
+        console.print(f"{surveyed.others:,} records left out: no comparisons")
     console.print(_steps_table(selection))
     console.print(f"{out}: {len(selection.pairs):,} pairs")
 

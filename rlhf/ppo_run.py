@@ -18,6 +18,7 @@ from glm_jax.scalar import ScalarModel, scalar_model
 from glm_jax.tokenizers import Tokenizer
 from rlhf.base_run import BaseRun
 from rlhf.card.page import write_card
+from rlhf.data.accounts import Accounts
 from rlhf.data.batches import prompt_rows, sft_rows, shuffled
 from rlhf.data.records import Splits, prompt_text
 from rlhf.doctor.doctor import Doctor, setting_of
@@ -84,21 +85,8 @@ class PPORun(BaseRun):
             splits = self.prepare("sft", *judged, "prompts")
             texts = (prompt_text(r.prompt) + r.response for r in splits.sft.train)
             self.tokenizer = together(partial(self.load_tokenizer, texts))
-            self.data = together(partial(tokenized, splits, self.tokenizer, recipe))
-        self.note_left_out(splits)
-
-    def note_left_out(self, splits: Splits) -> None:
-        """Say how many training examples were too long."""
-        judged = self.data.judged
-        for name, left_out, records in (
-            ("SFT examples", len(splits.sft.train) - len(self.data.sft.ids), splits.sft.train),
-            ("pairs", judged.left_out if judged else 0, splits.preferences.train),
-        ):
-            if left_out:
-                self.log.note(
-                    f"data: {left_out} of {len(records)} {name} are longer than "
-                    f"length = {self.recipe.length} tokens and are left out"
-                )
+            self.data = together(partial(tokenized, splits, self.tokenizer, recipe, self.accounts))
+        self.note_accounts()
 
     def make_samplers(self, config: Config) -> dict[str, Sampler]:
         """Sampling programs by purpose; equal settings share one, so that it compiles once."""
@@ -280,20 +268,32 @@ class PPORun(BaseRun):
         return actor, summary
 
 
-def tokenized(splits: Splits, tokenizer: Tokenizer, recipe: Recipe) -> Data:
-    """The splits as token arrays. Raises UserError on a record that is too long."""
-    trained = splits.prompts.train[: recipe.max_prompts]
-    heldout = splits.prompts.heldout[: recipe.evaluate.num_prompts]
-    sft = partial(sft_rows, tokenizer=tokenizer, length=recipe.length)
-    prompts = partial(prompt_rows, tokenizer=tokenizer, prompt_length=recipe.prompt_length)
+def tokenized(splits: Splits, tokenizer: Tokenizer, recipe: Recipe, accounts: Accounts) -> Data:
+    """The splits as token arrays; `accounts` receives what does not fit. Raises UserError where nothing is left."""
+    unfit = recipe.unfit
+    sft = {
+        side: sft_rows(records, tokenizer, recipe.length, accounts.of("sft", side), unfit)
+        for side, records in splits.sft._asdict().items()
+    }
+    judged = None
+    if not recipe.reward_model:
+        debiasing, pairs = recipe.data.debiasing(), splits.preferences
+        judged = judged_data(
+            pairs, tokenizer, recipe.length, recipe.reward, debiasing, accounts, unfit
+        )
+    most = {"train": recipe.max_prompts, "heldout": recipe.evaluate.num_prompts}
+    prompts, texts = {}, {}
+    for side, records in splits.prompts._asdict().items():
+        account, records = accounts.of("prompts", side), list(records)
+        found = prompt_rows(records, tokenizer, recipe.prompt_length, account, unfit, most[side])
+        texts[side] = [prompt_text(records[row].prompt) for row in found.row]
+        prompts[side] = found._replace(row=np.arange(len(found.row), dtype=np.int32))
     return Data(
-        sft=sft(splits.sft.train),
-        heldout_sft=sft(splits.sft.heldout),
-        judged=None
-        if recipe.reward_model
-        else judged_data(splits.preferences, tokenizer, recipe.length, recipe.reward),
-        prompts=prompts(trained),
-        texts=[prompt_text(record.prompt) for record in trained],
-        heldout_prompts=prompts(heldout),
-        heldout_texts=[prompt_text(record.prompt) for record in heldout],
+        sft=sft["train"],
+        heldout_sft=sft["heldout"],
+        judged=judged,
+        prompts=prompts["train"],
+        texts=texts["train"],
+        heldout_prompts=prompts["heldout"],
+        heldout_texts=texts["heldout"],
     )

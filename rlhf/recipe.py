@@ -6,6 +6,7 @@ from pathlib import Path
 from glm_jax.checkpoint import read_shape
 from glm_jax.config import Config, GLMConfig, check_context
 from glm_jax.continuous import RolloutConfig
+from rlhf.data.accounts import Unfit
 from rlhf.data.files.files import FilesData
 from rlhf.data.oracle.oracle import OracleData
 from rlhf.data.public import PublicData
@@ -36,6 +37,8 @@ class BaseRecipe:
     pretrained: Path | None = None  # directory of a model to start from; None: random weights
     model: GLMConfig = GLMConfig(4096, 128, 4, 4, 2, 32, 352)  # shape without `pretrained`
     length: int = 64  # tokens of a training sequence, prompt and answer
+    # a record that is too long or that the model's chat format has no words for: leave it out and name it, or refuse
+    unfit: Unfit = "skip"
     # updates that are left out, as their gradient is not finite, before a stage stops
     max_skipped: int = 0
     saving: SavingConfig = SavingConfig()  # of what a run needs to go on after it was ended

@@ -144,15 +144,15 @@ class Heldout:
         sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for batch in self._batches:
             scores = fetch(self._score(model, self._layout.put(batch)))
-            real = np.asarray(batch.weight) > 0
+            real = _real(batch)
             for side, found in zip(sides, scores, strict=True):
                 side.append(found[real])
         return np.concatenate(sides[0]), np.concatenate(sides[1])
 
     def __call__(self, model: ScalarModel) -> Mapping[str, float]:
         """Accuracy (equal scores count one half) and the loss of eq. 1 in nats, both means over weights."""
-        weight = np.concatenate([np.asarray(batch.weight) for batch in self._batches])
-        weight = weight[weight > 0].astype(np.float64)
+        weights = [np.asarray(batch.weight)[_real(batch)] for batch in self._batches]
+        weight = np.concatenate(weights).astype(np.float64)
         chosen, rejected = self.scores(model)
         margin = chosen.astype(np.float64) - rejected
         right, loss = (np.sign(margin) + 1) / 2, np.logaddexp(0.0, -margin)
@@ -160,3 +160,9 @@ class Heldout:
             "heldout_accuracy": float(np.average(right, weights=weight)),
             "heldout_loss": float(np.average(loss, weights=weight)),
         }
+
+
+def _real(batch: Judged) -> np.ndarray:
+    """Rows that are no padding."""
+    real: np.ndarray = np.any(np.asarray(batch.pairs.chosen.valid), axis=1)
+    return real

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -34,6 +34,7 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
         batch_size: int = 16,
         filters: FilterConfig = AS_JUDGED,
         mistakes: OnMistake = OnMistake.skip_all(),
+        unfit: Literal["skip", "refuse"] = "skip",
         place: tyro.conf.OmitArgPrefixes[Place] = Place(),
     ) -> Job:
         """Grade a reward model on comparisons that it was not trained on: card.html and card.json.
@@ -47,10 +48,11 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
             batch_size: Pairs that are scored at a time.
             filters: Which pairs count; by default all that are no tie.
             mistakes: What becomes of entries that are not as they should be.
+            unfit: What becomes of pairs that are too long, or that the model's chat format has no words for.
             place: Layout, devices and dtype.
         """
         return partial(
-            _report, model, files, out, form, length, batch_size, filters, mistakes, place
+            _report, model, files, out, form, length, batch_size, filters, mistakes, unfit, place
         )
 
 
@@ -63,6 +65,7 @@ def _report(
     batch_size: int,
     config: FilterConfig,
     mistakes: OnMistake,
+    unfit: Literal["skip", "refuse"],
     place: Place,
 ) -> None:
     from rich.console import Console
@@ -71,6 +74,7 @@ def _report(
     from glm_jax.tokenizers import load_tokenizer
     from rlhf.card.card import grade
     from rlhf.card.page import card_table, write_card
+    from rlhf.data.accounts import Account
     from rlhf.data.batches import in_order
     from rlhf.data.filters import kept, select, survey
     from rlhf.data.pair_rows import judged_rows, token_pairs
@@ -87,18 +91,22 @@ def _report(
         tokenizer = load_tokenizer(companion_directory(model))
         with tallied(mistakes) as tally:
             found = list(read_records(files, tally, form))
-        selection = select(survey(found, config, lambda text: len(tokenizer.encode(text))), config)
+        surveyed = survey(found, config, lambda text: len(tokenizer.encode(text)))
+        selection = select(surveyed, config)
+        account = Account("preferences", total=len(surveyed.pairs))
+        for step in selection.steps:
+            account.leave_out(f"by filter {step.name!r}", step.dropped)
         records = [pair for _, pair in kept(found, selection)]
-        pairs = token_pairs(records, tokenizer, length)
+        pairs = token_pairs(records, tokenizer, length, account, unfit)
         heldout = Heldout(in_order(judged_rows(records, pairs, length), batch_size), layout)
         card = grade(scored(scorer, heldout, records, pairs), _history(model))
     console = Console(soft_wrap=True, highlight=False)
     with new_directory(out) as directory:
         write_card(card, directory)
-    if len(pairs) < len(records):
-        console.print(
-            f"{len(records) - len(pairs):,} of {len(records):,} pairs are longer than {length} tokens and left out"
-        )
+    if surveyed.others:
+        console.print(f"{surveyed.others:,} records left out: no comparisons")
+    if line := account.line():
+        console.print(line, markup=False)
     console.print(card_table(card))
     console.print(f"report card: {out / 'card.html'}")
 

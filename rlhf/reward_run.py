@@ -33,12 +33,19 @@ class _RewardRun(BaseRun):
             split = self.prepare("preferences").preferences
             texts = (f"{prompt_text(r.prompt)}\n{r.chosen}\n{r.rejected}" for r in split.train)
             self.tokenizer = together(partial(self.load_tokenizer, texts))
-            data = together(partial(judged_data, split, self.tokenizer, recipe.length, config))
-        if data.left_out:
-            log.note(
-                f"data: {data.left_out} of {len(split.train)} pairs are longer than length = {recipe.length} tokens "
-                f"and are left out"
+            data = together(
+                partial(
+                    judged_data,
+                    split,
+                    self.tokenizer,
+                    recipe.length,
+                    config,
+                    recipe.data.debiasing(),
+                    self.accounts,
+                    recipe.unfit,
+                )
             )
+        self.note_accounts()
         with log.stage("model"):
             trunk = together(self.load_model).trunk
         model, card = reward_stage(self, trunk, config, data)

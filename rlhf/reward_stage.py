@@ -1,5 +1,6 @@
 """The stage of a run that trains a reward model on judged pairs and grades it on held-out ones."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,11 @@ from glm_jax.tokenizers import Tokenizer, load_tokenizer
 from glm_jax.trunk import Trunk
 from rlhf.base_run import BaseRun
 from rlhf.card.card import Card, grade
+from rlhf.data.accounts import Accounts, Unfit
 from rlhf.data.batches import in_order, shuffled
-from rlhf.data.pair_rows import TokenPair, judged_rows, packed_rows, token_pairs
+from rlhf.data.filter_config import Debiasing
+from rlhf.data.pair_rows import TokenPair, debiased_pairs, judged_rows, packed_rows, token_pairs
+from rlhf.data.pairs import length_in
 from rlhf.data.records import Preference, Split
 from rlhf.reward import Batch, Heldout, RewardConfig, train_reward
 from rlhf.scoring import scored
@@ -28,25 +32,41 @@ class JudgedData(NamedTuple):
     heldout: Judged
     records: Sequence[Preference]  # what the held-out rows are from
     pairs: Sequence[TokenPair]
-    left_out: int  # training pairs that are too long
 
 
 def judged_data(
-    split: Split, tokenizer: Tokenizer, length: int, config: RewardConfig
+    split: Split,
+    tokenizer: Tokenizer,
+    length: int,
+    config: RewardConfig,
+    debiasing: Debiasing | None = None,
+    accounts: Accounts | None = None,
+    unfit: Unfit = "skip",
 ) -> JudgedData:
     """Both sides of the preferences, in answers of at most `length` tokens with their prompts.
 
-    Raises UserError where no pair fits.
+    `debiasing` balances and weighs the training pairs that fit, and weighs those held out; None: they weigh what they
+    do. Raises UserError where no pair is left, and where one does not fit that `unfit` refuses.
     """
-    train, heldout = list(split.train), list(split.heldout)
-    pairs = token_pairs(train, tokenizer, length)
+    accounts = accounts or Accounts()
+    sides: list[tuple[list[Preference], list[TokenPair]]] = []
+    for side in Split._fields:
+        records, account = list(getattr(split, side)), accounts.of("preferences", side)
+        pack_length = config.pack_length if side == "train" else None
+        pairs = token_pairs(records, tokenizer, length, account, unfit, pack_length)
+        if debiasing is not None:
+            filters, directory = debiasing
+            if side == "heldout":
+                filters = dataclasses.replace(filters, balance=False)
+            count = length_in(directory) if directory else None
+            records, pairs = debiased_pairs(records, pairs, filters, count, account)
+        sides.append((records, pairs))
+    train, heldout = sides
     if config.pack_length is None:
-        rows: Batch = judged_rows(train, pairs, length)
+        rows: Batch = judged_rows(*train, length)
     else:
-        rows = packed_rows(train, pairs, config.pack_length)
-    asked = token_pairs(heldout, tokenizer, length)
-    graded = judged_rows(heldout, asked, length)
-    return JudgedData(rows, graded, heldout, asked, len(train) - len(pairs))
+        rows = packed_rows(*train, config.pack_length)
+    return JudgedData(rows, judged_rows(*heldout, length), *heldout)
 
 
 def reward_stage(
@@ -109,6 +129,6 @@ def summary_of(card: Card) -> dict[str, Any]:
         "accuracy_high": accuracy.high,
         "length_only_accuracy": card.length.ruler.value,
         "num_pairs": accuracy.count,
-        "num_prompts": accuracy.prompts,
+        "num_dialogues": accuracy.dialogues,
         "grade": card.verdict.grade,
     }

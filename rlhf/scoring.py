@@ -1,13 +1,14 @@
 """A reward model on judged pairs: what its report card is made of."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from glm_jax.scalar import ScalarModel
 from rlhf.card.card import Scored
 from rlhf.data.pair_rows import TokenPair
-from rlhf.data.records import Preference, prompt_key
+from rlhf.data.records import Preference, dialogue_key, prompt_key
 from rlhf.reward import Heldout
 
 
@@ -20,28 +21,34 @@ def scored(
     """The model's scores of `pairs` of `records`, which `heldout` holds in their order."""
     chosen, rejected = heldout.scores(model)
     judged = [records[pair.record] for pair in pairs]
-    prompts: dict[str, int] = {}
-    answers: dict[tuple[str, str], int] = {}
-    prompt, both = [], []
+    prompts, dialogues = _Numbers(), _Numbers()
+    answers = _Numbers()
+    rows = []
     for record in judged:
         key = prompt_key(record.prompt)
-        prompt.append(prompts.setdefault(key, len(prompts)))
-        both.append(
-            [
-                answers.setdefault((key, text), len(answers))
-                for text in (record.chosen, record.rejected)
-            ]
-        )
-    numbers = np.array(both, np.int64).reshape(-1, 2)
+        both = answers[key, record.chosen], answers[key, record.rejected]
+        rows.append((prompts[key], dialogues[dialogue_key(record.prompt)], *both))
+    numbers = np.array(rows, np.int64).reshape(-1, 4)
     return Scored(
         chosen=chosen,
         rejected=rejected,
         chosen_tokens=np.array([len(pair.chosen) - pair.start for pair in pairs]),
         rejected_tokens=np.array([len(pair.rejected) - pair.start for pair in pairs]),
-        prompt=np.array(prompt),
-        chosen_answer=numbers[:, 0],
-        rejected_answer=numbers[:, 1],
-        chosen_first=np.array([record.chosen_first for record in judged], bool),
+        prompt=numbers[:, 0],
+        dialogue=numbers[:, 1],
+        chosen_answer=numbers[:, 2],
+        rejected_answer=numbers[:, 3],
+        weight=np.array([record.weight for record in judged], np.float64),
+        chosen_first=np.array([bool(record.chosen_first) for record in judged], bool),
+        order_known=np.array([record.chosen_first is not None for record in judged], bool),
         task=[record.task for record in judged],
         annotator=[record.annotator for record in judged],
     )
+
+
+class _Numbers(dict[Any, int]):
+    """Numbers its keys from 0, in the order in which they are first asked for."""
+
+    def __missing__(self, key: Any) -> int:
+        self[key] = len(self)
+        return self[key]

@@ -5,6 +5,7 @@ from pathlib import Path
 from glm_jax.tokenizers import glm4, v1, v2, v3
 from glm_jax.tokenizers.base import (
     ROLES,
+    ChatFormatError,
     Message,
     Tokenizer,
     pad_left,
@@ -20,6 +21,7 @@ from sharding.errors import UserError
 
 __all__ = [
     "ROLES",
+    "ChatFormatError",
     "ChatGLM2Tokenizer",
     "ChatGLM3Tokenizer",
     "ChatGLMTokenizer",

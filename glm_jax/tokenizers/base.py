@@ -19,6 +19,10 @@ CONFIG = "tokenizer_config.json"
 ROLES = ("system", "user", "assistant", "observation")
 
 
+class ChatFormatError(UserError):
+    """A conversation that the model's chat format cannot express."""
+
+
 class Tokenizer(abc.ABC):
     """Text <-> ids, and conversations -> the sequences a model is prompted and trained with.
 
@@ -47,7 +51,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids that ask for the next answer. Raises UserError on a role the model does not know."""
+        """Ids that ask for the next answer. Raises ChatFormatError on a role the model does not know."""
 
     @abc.abstractmethod
     def chat_example(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -89,10 +93,10 @@ class RoleTokenizer(Tokenizer):
         return self.special["<|assistant|>"]
 
     def message(self, message: Message) -> list[int]:
-        """Ids of one message, its role token first. Raises UserError on an unknown role."""
+        """Ids of one message, its role token first. Raises ChatFormatError on an unknown role."""
         role = message["role"]
         if role not in ROLES:
-            raise UserError(f"message: unknown role {role!r}; use one of {', '.join(ROLES)}")
+            raise ChatFormatError(f"message: unknown role {role!r}; use one of {', '.join(ROLES)}")
         metadata = self.encode(f"{message.get('metadata', '')}\n")
         return [self.special[f"<|{role}|>"], *metadata, *self.encode(self.content(message))]
 
@@ -134,14 +138,19 @@ class RoundTokenizer(Tokenizer):
     def rounds(self, messages: Sequence[Message]) -> tuple[list[tuple[str, str]], str]:
         """Earlier (question, answer) pairs and the last question.
 
-        Raises UserError unless user and assistant take turns and the user speaks last: these models know no other.
+        Raises ChatFormatError unless user and assistant take turns, the user speaks last and no message has metadata:
+        these models know no other.
         """
         roles = [message["role"] for message in messages]
         wanted = ["user", "assistant"] * (len(roles) // 2) + ["user"]
         if roles != wanted:
-            raise UserError(
+            raise ChatFormatError(
                 f"messages {', '.join(roles) or '(none)'}: this model knows only user and assistant in turn, "
                 f"the user last: leave the others out"
+            )
+        if any(message.get("metadata") for message in messages):
+            raise ChatFormatError(
+                "a message has metadata, which this model's prompt has no place for: leave it out"
             )
         texts = [str(message["content"]) for message in messages]
         return list(zip(texts[0:-1:2], texts[1::2], strict=True)), texts[-1]
@@ -152,7 +161,7 @@ class RoundTokenizer(Tokenizer):
 
     def _split_answer(self, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
         if not messages or messages[-1]["role"] != "assistant":
-            raise UserError("a training conversation must end with the assistant's answer")
+            raise ChatFormatError("a training conversation must end with the assistant's answer")
         return messages[:-1], str(messages[-1]["content"])
 
 

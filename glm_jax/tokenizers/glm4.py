@@ -16,6 +16,7 @@ import tokenizers
 
 from glm_jax.tokenizers.base import (
     CONFIG,
+    ChatFormatError,
     Ids,
     Message,
     RoleTokenizer,
@@ -100,7 +101,7 @@ class GLM4Tokenizer(RoleTokenizer):
     def message(self, message: Message) -> list[int]:
         """Ids of one message; tools are a system message of their own before the rest of it.
 
-        Raises UserError on an unknown role, and on tools that the repository's chat template does not word.
+        Raises ChatFormatError on an unknown role, and on tools that the repository's chat template does not word.
         """
         if message["role"] != "system" or not message.get("tools"):
             return super().message(message)
@@ -111,29 +112,35 @@ class GLM4Tokenizer(RoleTokenizer):
     def _worded(self, tools: Sequence[Any]) -> str:
         """The system text in which the repository's own chat template offers tools."""
         template = self._template
-        bare = {"role": "system", "content": ""}
+        tools = [_as_function(tool) for tool in tools]
+
+        def render(**offer: Any) -> str:
+            message = {"role": "system", "content": "", **offer}
+            return template.render(messages=[message], add_generation_prompt=False)
+
         try:
-            rendered, without = (
-                template.render(messages=[message], add_generation_prompt=False)
-                for message in ({**bare, "tools": tools}, bare)
-            )
+            rendered, nothing, without = render(tools=tools), render(tools=[]), render()
+            lost = [tool for tool in tools if render(tools=[tool]) == nothing]
         except Exception as error:  # a template can raise anything
             reason = " ".join(str(error).split())
-            raise UserError(
+            raise ChatFormatError(
                 f"chat_template of {CONFIG}: fails ({reason}); leave the tools out"
             ) from error
         _, found, text = rendered.partition("<|system|>\n")
         if not found or rendered == without:
-            raise UserError(
+            raise ChatFormatError(
                 f"chat_template of {CONFIG}: words no tools of a system message; leave the tools out"
             )
+        if lost:
+            tool = json.dumps(lost[0], ensure_ascii=False)[:60]
+            raise ChatFormatError(f"chat_template of {CONFIG}: words no tool such as {tool}")
         return text
 
     @cached_property
     def _template(self) -> jinja2.Template:
         source = self._config.get("chat_template")
         if not isinstance(source, str):
-            raise UserError(
+            raise ChatFormatError(
                 f"tools in a system message need the chat_template of {CONFIG}, which is missing"
             )
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -142,9 +149,16 @@ class GLM4Tokenizer(RoleTokenizer):
         try:
             return environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(
+            raise ChatFormatError(
                 f"chat_template of {CONFIG}: {error.message}; leave the tools out"
             ) from error
+
+
+def _as_function(tool: Any) -> Any:
+    """A tool as the template reads it: a bare function, as ChatGLM3 and fine-tuning tools list it, gets its type."""
+    if isinstance(tool, Mapping) and "name" in tool and "type" not in tool:
+        return {"type": "function", "function": tool}
+    return tool
 
 
 class RanksTokenizer(GLM4Tokenizer):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from rlhf.card.intervals import Estimate, share
+from rlhf.card.intervals import Estimate, Sample, share
 
 MAX_PATHS = (
     5_000_000  # two pairs that share an answer, looked at for a third; bounds memory and time
@@ -19,6 +19,7 @@ class Answers(NamedTuple):
     score: Float[np.ndarray, " A"]
     tokens: Int[np.ndarray, " A"]
     prompt: Int[np.ndarray, " A"]
+    dialogue: Int[np.ndarray, " A"]  # of the prompt
     chosen: Int[np.ndarray, " P"]
     rejected: Int[np.ndarray, " P"]
 
@@ -38,6 +39,7 @@ def distinct(
     score: Float[np.ndarray, "2 P"],
     tokens: Int[np.ndarray, "2 P"],
     prompt: Int[np.ndarray, " P"],
+    dialogue: Int[np.ndarray, " P"],
     answer: Int[np.ndarray, "2 P"],
 ) -> Answers:
     """Answers of the pairs, chosen ones above rejected ones; an answer is known by its prompt and its number.
@@ -53,7 +55,8 @@ def distinct(
     number[order] = np.cumsum(new) - 1
     first = order[new]
     chosen, rejected = np.split(number, 2)
-    return Answers(flat_score[first], flat_tokens[first], flat_prompt[first], chosen, rejected)
+    names = flat_prompt[first], np.tile(dialogue, 2)[first]
+    return Answers(flat_score[first], flat_tokens[first], *names, chosen, rejected)
 
 
 def triples(answers: Answers, seed: int) -> Triples:
@@ -82,11 +85,11 @@ def triples(answers: Answers, seed: int) -> Triples:
     ordered = np.all(judged != 0, axis=0) & ~circular
     model = np.sign(answers.score[low[edges]] - answers.score[high[edges]])
     alike = np.all(model == judged, axis=0)[ordered]
-    prompt = answers.prompt[low[edges[0]]][ordered]
+    dialogue = answers.dialogue[low[edges[0]]][ordered]
     return Triples(
         complete=edges.shape[1],
         ordered=int(ordered.sum()),
-        alike=share(alike.astype(np.float64), prompt, seed),
+        alike=share(alike.astype(np.float64), Sample(np.ones(len(alike)), dialogue), seed),
         chance=1 / 6,
         prompts_left_out=left_out,
     )

@@ -44,8 +44,8 @@ class Histogram:
     counts: tuple[int, ...]
 
 
-def calibration(margin: Float[np.ndarray, " P"]) -> Calibration:
-    """ECE = sum over bins of count / P * |accuracy - confidence| (Guo et al. 2017, eq. 3), and eq. 1 of the paper.
+def calibration(margin: Float[np.ndarray, " P"], weight: Float[np.ndarray, " P"]) -> Calibration:
+    """ECE = sum over bins of weight share * |accuracy - confidence| (Guo et al. 2017, eq. 3), and eq. 1 of the paper.
 
     The model predicts the answer that it scores higher, with confidence max(p, 1 - p), p = sigmoid(difference of the
     two scores). Both are the same in whichever order the pair is presented, so that confidence knows nothing of
@@ -55,21 +55,22 @@ def calibration(margin: Float[np.ndarray, " P"]) -> Calibration:
     edges = np.linspace(0.5, 1.0, CONFIDENCE_BINS + 1)
     number = np.searchsorted(edges[1:-1], confidence, side="right")
     counts = np.bincount(number, minlength=CONFIDENCE_BINS)
-    sums = [
-        np.bincount(number, x, minlength=CONFIDENCE_BINS) for x in (confidence, half_points(margin))
-    ]
+    weights, *sums = (
+        np.bincount(number, weight * x, minlength=CONFIDENCE_BINS)
+        for x in (np.ones(len(margin)), confidence, half_points(margin))
+    )
     bins = tuple(
         ConfidenceBin(
-            float(low), float(high), int(n), *((sure / n, right / n) if n else (None, None))
+            float(low), float(high), int(n), *((sure / w, right / w) if n else (None, None))
         )
-        for low, high, n, sure, right in zip(
-            edges[:-1], edges[1:], counts, *(x.tolist() for x in sums), strict=True
+        for low, high, n, w, sure, right in zip(
+            edges[:-1], edges[1:], counts, *(x.tolist() for x in (weights, *sums)), strict=True
         )
     )
     return Calibration(
-        ece=float(np.abs(sums[0] - sums[1]).sum() / len(margin)),
-        confidence=float(confidence.mean()),
-        nll=float(np.logaddexp(0, -margin).mean()),
+        ece=float(np.abs(sums[0] - sums[1]).sum() / weight.sum()),
+        confidence=float(np.average(confidence, weights=weight)),
+        nll=float(np.average(np.logaddexp(0, -margin), weights=weight)),
         chance_nll=math.log(2),
         bins=bins,
     )

@@ -20,7 +20,7 @@ from rlhf.card.figures import (
     scores,
     tasks,
 )
-from rlhf.card.intervals import share
+from rlhf.card.intervals import Sample, share
 from rlhf.card.verdict import Verdict, judge
 from sharding.errors import UserError
 
@@ -47,9 +47,12 @@ class Scored(NamedTuple):
     prompt: Int[np.ndarray, " P"]  # its number
     chosen_answer: Int[np.ndarray, " P"]  # number of the answer, at least within its prompt
     rejected_answer: Int[np.ndarray, " P"]
-    chosen_first: Bool[np.ndarray, " P"]  # whether the data listed the preferred answer first
+    chosen_first: Bool[np.ndarray, " P"]  # whether the data lists the preferred answer first
     task: Sequence[str]  # "": unknown
     annotator: Sequence[str]  # "": unknown
+    dialogue: Int[np.ndarray, " P"]  # number of the dialogue that the prompt is from
+    weight: Float[np.ndarray, " P"]  # in every mean over pairs, as in training
+    order_known: Bool[np.ndarray, " P"]  # whether the data says which answer it lists first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,23 +83,25 @@ def grade(
     _check(scored)
     margin = scored.chosen.astype(np.float64) - scored.rejected.astype(np.float64)
     gap = scored.chosen_tokens.astype(np.int64) - scored.rejected_tokens.astype(np.int64)
-    win, prompt, differs = half_points(margin), scored.prompt, gap != 0
+    win, differs, known = half_points(margin), gap != 0, scored.order_known
+    sample = Sample(scored.weight.astype(np.float64), scored.dialogue)
     answers = distinct(
         np.stack([scored.chosen, scored.rejected]).astype(np.float64),
         np.stack([scored.chosen_tokens, scored.rejected_tokens]),
-        prompt,
+        scored.prompt,
+        scored.dialogue,
         np.stack([scored.chosen_answer, scored.rejected_answer]),
     )
     figures = Figures(
-        accuracy=share(win, prompt, seed),
-        length=length_gaps(win, gap, prompt, answers, edges, seed),
-        position=preference(win, scored.chosen_first, prompt, seed),
-        verbosity=preference(win[differs], gap[differs] > 0, prompt[differs], seed),
-        calibration=calibration(margin),
+        accuracy=share(win, sample, seed),
+        length=length_gaps(win, gap, sample, answers, edges, seed),
+        position=preference(win[known], scored.chosen_first[known], sample.take(known), seed),
+        verbosity=preference(win[differs], gap[differs] > 0, sample.take(differs), seed),
+        calibration=calibration(margin, sample.weight),
         scores=scores(answers, margin),
         margins=margin_histogram(margin),
-        tasks=tasks(scored.task, win, prompt, answers, seed),
-        annotators=agreements(scored.annotator, win, scored.chosen_first, prompt, seed),
+        tasks=tasks(scored.task, win, sample, answers, seed),
+        annotators=agreements(scored.annotator, win, scored.chosen_first, known, sample, seed),
         triples=triples(answers, seed),
     )
     points = tuple(_point(record) for record in history)
@@ -115,6 +120,10 @@ def _check(scored: Scored) -> None:
             raise UserError(f"report card: {len(column)} rows of {name}, but {pairs} of chosen")
     if not pairs:
         raise UserError("report card: no judged pairs, there is nothing to grade")
+    if not (scored.weight > 0).all():
+        raise UserError(
+            f"report card: the weight of row {np.argmin(scored.weight > 0)} is not a positive number"
+        )
     # larger than float32 holds counts as infinite: differences and squares stay finite in float64
     finite = (np.abs(scored.chosen) <= LARGEST) & (np.abs(scored.rejected) <= LARGEST)
     if not finite.all():

@@ -1,5 +1,6 @@
 """The figures of a reward model's report card. Pure functions on arrays of P judged pairs.
 
+Figures over pairs are weighted means (`Sample`), as in training; those over answers count every answer once.
 `win` is 1 where the model scores the preferred answer higher, 0 where lower, 1/2 where both are equal.
 """
 
@@ -12,7 +13,7 @@ from scipy.stats import spearmanr
 
 from rlhf.card.answers import Answers, Triples
 from rlhf.card.calibration import Calibration, Histogram, half_points
-from rlhf.card.intervals import Estimate, contrast, difference, share
+from rlhf.card.intervals import Estimate, Sample, contrast, difference, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +102,8 @@ class Figures:
 
     accuracy: Estimate
     length: Length
-    position: (
-        Preference  # of the answer listed first; a scalar score can only have it from the data
-    )
+    # of the answer listed first, over pairs whose order the data says; a scalar score can only have it from the data
+    position: Preference
     verbosity: Preference  # of the longer answer; pairs of equal lengths are left out
     calibration: Calibration
     scores: Scores
@@ -127,7 +127,7 @@ class Point:
 def length_gaps(
     win: Float[np.ndarray, " P"],
     gap: Int[np.ndarray, " P"],
-    prompt: Int[np.ndarray, " P"],
+    sample: Sample,
     answers: Answers,
     edges: Sequence[int],
     seed: int,
@@ -137,16 +137,16 @@ def length_gaps(
     bucket = np.searchsorted(edges, gap, side="right")
     bounds = (None, *edges, None)
     return Length(
-        ruler=share(ruler, prompt, seed),
-        over_ruler=difference(win - ruler, prompt, seed),
-        over_shorter=difference(win - (1 - ruler), prompt, seed),
+        ruler=share(ruler, sample, seed),
+        over_ruler=difference(win - ruler, sample, seed),
+        over_shorter=difference(win - (1 - ruler), sample, seed),
         correlation=_spearman(answers.score, answers.tokens),
         buckets=tuple(
             Bucket(
                 low=bounds[number],
                 high=bounds[number + 1],
-                accuracy=share(win[bucket == number], prompt[bucket == number], seed),
-                ruler=_mean(ruler[bucket == number]),
+                accuracy=share(win[bucket == number], sample.take(bucket == number), seed),
+                ruler=sample.take(bucket == number).mean(ruler[bucket == number]),
             )
             for number in range(len(edges) + 1)
         ),
@@ -156,18 +156,18 @@ def length_gaps(
 def preference(
     win: Float[np.ndarray, " P"],
     favoured: Bool[np.ndarray, " P"],
-    prompt: Int[np.ndarray, " P"],
+    sample: Sample,
     seed: int,
 ) -> Preference:
     """Of a property that one answer of every pair has; `favoured`: the preferred answer has it."""
     model, judges = np.where(favoured, win, 1 - win), favoured.astype(np.float64)
     return Preference(
-        model=share(model, prompt, seed),
-        judges=share(judges, prompt, seed),
-        difference=difference(model - judges, prompt, seed),
-        accuracy_with=share(win[favoured], prompt[favoured], seed),
-        accuracy_against=share(win[~favoured], prompt[~favoured], seed),
-        lean=contrast(win, favoured, prompt, seed),
+        model=share(model, sample, seed),
+        judges=share(judges, sample, seed),
+        difference=difference(model - judges, sample, seed),
+        accuracy_with=share(win[favoured], sample.take(favoured), seed),
+        accuracy_against=share(win[~favoured], sample.take(~favoured), seed),
+        lean=contrast(win, favoured, sample, seed),
     )
 
 
@@ -189,7 +189,7 @@ def scores(answers: Answers, margin: Float[np.ndarray, " P"]) -> Scores:
 def tasks(
     names: Sequence[str],
     win: Float[np.ndarray, " P"],
-    prompt: Int[np.ndarray, " P"],
+    sample: Sample,
     answers: Answers,
     seed: int,
 ) -> Tasks:
@@ -199,7 +199,7 @@ def tasks(
         found = np.unique(np.concatenate([answers.chosen[pairs], answers.rejected[pairs]]))
         score = answers.score[found]
         members.append(score)
-        accuracy = share(win[pairs], prompt[pairs], seed)
+        accuracy = share(win[pairs], sample.take(pairs), seed)
         rows.append(Task(name, len(score), float(score.mean()), float(score.std()), accuracy))
     if len(rows) < 2:
         return Tasks(tuple(rows), None, None)
@@ -215,27 +215,30 @@ def agreements(
     names: Sequence[str],
     win: Float[np.ndarray, " P"],
     chosen_first: Bool[np.ndarray, " P"],
-    prompt: Int[np.ndarray, " P"],
+    order_known: Bool[np.ndarray, " P"],
+    sample: Sample,
     seed: int,
 ) -> tuple[Agreement, ...]:
     """Agreement with every known annotator.
 
     kappa = (agreement - expected) / (1 - expected) on "the first listed is better" (Cohen 1960), expected from how
-    often either says so; equal scores count half for each answer. None where both always say the same.
+    often either says so; equal scores count half for each answer. Over the pairs whose order is known; None where
+    there are none, or both always say the same.
     """
     found = []
     for name, pairs in _groups(names):
-        accuracy = share(win[pairs], prompt[pairs], seed)
-        judges = chosen_first[pairs].mean()
-        model = np.where(chosen_first[pairs], win[pairs], 1 - win[pairs]).mean()
-        expected = model * judges + (1 - model) * (1 - judges)
-        kappa = (win[pairs].mean() - expected) / (1 - expected) if expected < 1 else None
-        found.append(Agreement(name, accuracy, None if kappa is None else float(kappa)))
+        accuracy = share(win[pairs], sample.take(pairs), seed)
+        known = pairs[order_known[pairs]]
+        mean = sample.take(known).mean
+        judges = mean(chosen_first[known])
+        model = mean(np.where(chosen_first[known], win[known], 1 - win[known]))
+        agree = mean(win[known])
+        kappa = None
+        if agree is not None and judges is not None and model is not None:
+            expected = model * judges + (1 - model) * (1 - judges)
+            kappa = (agree - expected) / (1 - expected) if expected < 1 else None
+        found.append(Agreement(name, accuracy, kappa))
     return tuple(found)
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float | None:

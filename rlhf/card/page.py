@@ -96,8 +96,7 @@ def _sections(card: Card, listed: int | None) -> Iterator[Section]:
     if card.annotators:
         yield "Agreement with annotators", _annotators(card, listed)
     yield "Length", _length(card)
-    if card.position.lean.value is not None:  # else the data always list the better one first
-        yield "Position", _preference(card.position, "first", "second")
+    yield "Position", _position(card)
     yield "Calibration", _calibration(card)
     yield "Scores", _scores(card)
     if card.tasks.rows:
@@ -108,7 +107,9 @@ def _sections(card: Card, listed: int | None) -> Iterator[Section]:
 
 def _accuracy(card: Card) -> list[Row]:
     return [
-        _estimate("Accuracy", card.accuracy, "share of pairs that it orders as the judges do"),
+        _estimate(
+            "Accuracy", card.accuracy, "share of pairs, by weight, that it orders as the judges do"
+        ),
         Row("Chance", "50.0%"),
         _estimate("Longer answer wins", card.length.ruler, "a ruler in the model's place"),
         _estimate("Model - ruler", card.length.over_ruler, "on the same pairs"),
@@ -130,6 +131,12 @@ def _length(card: Card) -> list[Row]:
         Row("Score with length", correlation, meaning="Spearman's rank correlation"),
         *buckets,
     ]
+
+
+def _position(card: Card) -> list[Row]:
+    if not card.position.model.count:
+        return [Row("Order of the answers", "unknown", meaning="the data does not say it")]
+    return _preference(card.position, "first", "second")
 
 
 def _preference(found: Preference, side: str, other: str) -> list[Row]:

@@ -13,7 +13,7 @@ from rlhf.card.intervals import Estimate
 
 GRADES = {
     "says nothing": "its scores do not tell answers apart",
-    "too few pairs": "nothing can be told from so few prompts",
+    "too few pairs": "nothing can be told from so few dialogues",
     "a length ruler": "it measures length and is no better than counting tokens",
     "worse than chance": "it prefers what the judges reject; are the labels swapped?",
     "near chance": "its accuracy cannot be told from tossing a coin",
@@ -31,8 +31,8 @@ DECISIVE = ("says nothing", "too few pairs")
 CONSTANT = 0.9
 """Share of pairs with exactly equal scores from which on a model says nothing."""
 
-MIN_PROMPTS = 30
-"""Fewer prompts are too few: the interval of a bootstrap over a handful of clusters is too narrow to be believed."""
+MIN_DIALOGUES = 30
+"""Fewer dialogues are too few: the interval of a bootstrap over a handful of clusters is too narrow to be believed."""
 
 DETECTED = 1.96 + 0.84
 """Standard errors between an accuracy and chance at which 4 of 5 samples show it: 95 % level, 80 % power."""
@@ -71,8 +71,8 @@ def judge(figures: Figures, history: Sequence[Point] = ()) -> Verdict:
     """The verdict on these figures; no rule is asked after one of `DECISIVE` applied."""
     accuracy = figures.accuracy
     sentences = [
-        f"It prefers the judges' answer in {told(accuracy)} of {accuracy.count:,} pairs on {accuracy.prompts:,} prompts"
-        f" (chance: 50%; the longer answer: {told(figures.length.ruler)})."
+        f"It prefers the judges' answer in {told(accuracy)} of {accuracy.count:,} pairs on {accuracy.dialogues:,}"
+        f" dialogues (chance: 50%; the longer answer: {told(figures.length.ruler)})."
     ]
     grades = []
     for grade, rule in RULES:
@@ -122,14 +122,14 @@ def _says_nothing(figures: Figures) -> list[str]:
 
 def _too_few(figures: Figures) -> list[str]:
     accuracy = figures.accuracy
-    if accuracy.prompts >= MIN_PROMPTS:
+    if accuracy.dialogues >= MIN_DIALOGUES:
         return []
-    missing = math.ceil((MIN_PROMPTS / accuracy.prompts - 1) * accuracy.count)
+    missing = math.ceil((MIN_DIALOGUES / accuracy.dialogues - 1) * accuracy.count)
     more = max(missing, pairs_needed(accuracy) or 0)
-    prompts = f"{accuracy.prompts} prompt{'s are' if accuracy.prompts > 1 else ' is'}"
+    dialogues = f"{accuracy.dialogues} dialogue{'s are' if accuracy.dialogues > 1 else ' is'}"
     return [
-        f"{prompts} too few to judge by: about {more:,} more pairs, on {MIN_PROMPTS} prompts at least, would be needed"
-        " to tell it from chance."
+        f"{dialogues} too few to judge by: about {more:,} more pairs, on {MIN_DIALOGUES} dialogues at least, would be"
+        " needed to tell it from chance."
     ]
 
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.tokenizers import Tokenizer, pad_left, pad_right
-from rlhf.data.records import Example, Prompt, prompt_text
-from sharding.errors import UserError
+from rlhf.data.accounts import Account, Unfit, tokenised, too_long
+from rlhf.data.records import Example, Prompt
 
 Rows = TypeVar("Rows", bound=tuple[Any, ...])  # any NamedTuple of arrays [N, ...], or of such
 
@@ -52,38 +52,58 @@ class Picked:
         return self[slice(None),].astype(dtype or self._table.dtype, copy=False)
 
 
-def sft_rows(records: Sequence[Example], tokenizer: Tokenizer, length: int) -> Sequences:
+def sft_rows(
+    records: Sequence[Example],
+    tokenizer: Tokenizer,
+    length: int,
+    account: Account | None = None,
+    unfit: Unfit = "skip",
+) -> Sequences:
     """Tokenise conversations, padded right to `length`; every answer's tokens are targets.
 
     Those of more than `length` tokens are left out: a cut answer would teach not to stop. Raises
-    UserError where none fits.
+    UserError where none fits, and on the first that does not where `unfit` says so.
     """
-    examples = [
-        tokenizer.chat_example([*record.prompt, {"role": "assistant", "content": record.response}])
-        for record in records
-    ]
-    fitting = [(ids, target) for ids, target in examples if len(ids) <= length]
-    require_some("sft", len(fitting), length)
-    ids, valid = pad_right([ids for ids, _ in fitting], length)
-    target, _ = pad_right([target for _, target in fitting], length)
+
+    def tokenise(record: Example) -> tuple[list[int], list[bool]]:
+        answer = {"role": "assistant", "content": record.response}
+        return tokenizer.chat_example([*record.prompt, answer])
+
+    fitting = tokenised(
+        records,
+        tokenise,
+        lambda example: too_long(len(example[0]), "length", length),
+        account or Account("sft"),
+        unfit,
+    )
+    ids, valid = pad_right([ids for _, (ids, _) in fitting], length)
+    target, _ = pad_right([target for _, (_, target) in fitting], length)
     return Sequences(ids, valid, target.astype(bool))
 
 
-def prompt_rows(records: Sequence[Prompt], tokenizer: Tokenizer, prompt_length: int) -> Prompts:
+def prompt_rows(
+    records: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    prompt_length: int,
+    account: Account | None = None,
+    unfit: Unfit = "skip",
+    most: int | None = None,
+) -> Prompts:
     """Tokenise prompts, padded left to `prompt_length`; `row` is the row number in `records`.
 
-    Raises UserError naming the first prompt of more than `prompt_length` tokens.
+    Those of more than `prompt_length` tokens are left out, and those after the first `most` that fit. Raises
+    UserError as `sft_rows` does.
     """
-    sequences = [tokenizer.chat_prompt(record.prompt) for record in records]
-    for number, (record, ids) in enumerate(zip(records, sequences, strict=True)):
-        if len(ids) > prompt_length:
-            text = prompt_text(record.prompt).replace("\n", " ")[:20]
-            raise UserError(
-                f"prompts: record {number} ({text!r}...) has {len(ids)} tokens, more than "
-                f"prompt_length = {prompt_length}; shorten it or raise prompt_length"
-            )
-    row = np.arange(len(records), dtype=np.int32)
-    return Prompts(*pad_left(sequences, prompt_length), row)
+    fitting = tokenised(
+        records,
+        lambda record: tokenizer.chat_prompt(record.prompt),
+        lambda ids: too_long(len(ids), "prompt_length", prompt_length),
+        account or Account("prompts"),
+        unfit,
+        most,
+    )
+    row = np.array([number for number, _ in fitting], np.int32)
+    return Prompts(*pad_left([ids for _, ids in fitting], prompt_length), row)
 
 
 def shuffled(rows: Rows, batch_size: int, seed: int) -> grain.DatasetIterator[Rows]:
@@ -119,9 +139,3 @@ def _take(rows: Rows, index: np.ndarray) -> Rows:
     if isinstance(taken, Prompts):  # a row of padding is no row of the table
         taken.row.padding = -1
     return taken
-
-
-def require_some(table: str, count: int, length: int) -> None:
-    """Raise UserError when no record fits."""
-    if not count:
-        raise UserError(f"{table}: no record fits into length = {length} tokens; raise the length")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sharding.errors import UserError
 
@@ -40,9 +40,11 @@ class FilterConfig:
     # several judgements of one pair become one by majority, or each counts for itself
     votes: Literal["majority", "each"] = "majority"
     cycles: Literal["drop", "keep"] = "drop"  # all preferences of a cycle, or none
-    balance: bool = True  # by length, in buckets of the difference
+    # balance lengths: in every bucket of the length difference, longer and shorter winners are as many and weigh alike
+    balance: bool = True
     edges: tuple[int, ...] = EDGES  # lower edges of those buckets
-    weigh: Literal["prompt", "pair"] = "prompt"  # every prompt counts the same, or every pair
+    # pairs without a weight in the file: each counts for 1 / (pairs of its prompt), or for 1
+    weigh: Literal["prompt", "pair"] = "prompt"
     seed: int = 0  # draws which pairs stay
 
     def check(self) -> None:
@@ -53,3 +55,12 @@ class FilterConfig:
             raise UserError(f"filters.intent_cap = {self.intent_cap}: give a positive number")
         if self.marks is not None and self.endpoint is not None:
             raise UserError("filters.marks and filters.endpoint: give one of them")
+
+
+class Debiasing(NamedTuple):
+    """How the pairs that a reward model trains on are balanced and weighed."""
+
+    filters: FilterConfig
+    tokenizer: (
+        Path | None
+    )  # directory of the tokenizer that lengths are measured in; None: the run's own

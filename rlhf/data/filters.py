@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf.data.agreement import agreement, kappas
-from rlhf.data.balance import balanced
+from rlhf.data.balance import debiased
 from rlhf.data.filter_config import FilterConfig
 from rlhf.data.graph import in_cycles, votes
 from rlhf.data.pairs import (
@@ -21,7 +21,6 @@ from rlhf.data.pairs import (
     digest,
     grouped,
     preference_of,
-    weights_of,
 )
 from rlhf.data.quality import Quality, Scorer, by_rules, from_endpoint, from_file
 from rlhf.data.reading import Found
@@ -49,22 +48,24 @@ class Survey(NamedTuple):
 
     pairs: PairTable
     refused: dict[int, str]  # digest of a prompt -> the filter that drops it
+    others: int = 0  # records that are no comparisons
 
 
 class Selection(NamedTuple):
     """What is kept, and how it came about."""
 
     pairs: PairTable  # in the order of reading
-    weight: np.ndarray  # float64 [P]
+    weight: np.ndarray  # float64 [P], what each counts for in the loss
     steps: list[Step]
     before_balance: PairTable
 
 
 def survey(found: Iterable[Found], config: FilterConfig, count_tokens: CountTokens) -> Survey:
-    """Read comparisons once. Records of another kind are passed over: they are no comparisons."""
+    """Read comparisons once. Records of another kind are counted and left out."""
     config.check()
     columns, scorer = PairColumns(count_tokens), _scorer(config)
     refused: dict[int, str] = {}
+    others = 0
     spelt: dict[int, int] = {}  # digest of a prompt -> of its `same_prompt`
     waiting: list[tuple[int, Messages]] = []
 
@@ -77,6 +78,7 @@ def survey(found: Iterable[Found], config: FilterConfig, count_tokens: CountToke
 
     for _, record in found:
         if not isinstance(record, Comparison):
+            others += 1
             continue
         key = columns.add(record)
         if key in spelt:
@@ -91,7 +93,7 @@ def survey(found: Iterable[Found], config: FilterConfig, count_tokens: CountToke
     mark()
     for key in _repeated(spelt):
         refused.setdefault(key, "repeated prompt")
-    return Survey(columns.table(), refused)
+    return Survey(columns.table(), refused, others)
 
 
 def _repeated(spelt: dict[int, int]) -> list[int]:
@@ -152,12 +154,10 @@ def select(surveyed: Survey, config: FilterConfig) -> Selection:
     if config.cycles == "drop":
         keep("cycle", ~in_cycles(pairs))
     before = pairs
+    stays, weight = debiased(pairs, config)
     if config.balance:
-        keep("length balance", balanced(pairs, config.seed, config.edges))
-    one = np.ones(len(pairs))
-    return Selection(
-        pairs, weights_of(pairs.prompt) if config.weigh == "prompt" else one, steps, before
-    )
+        keep("length balance", stays)
+    return Selection(pairs, weight, steps, before)
 
 
 def _within_cap(pairs: PairTable, config: FilterConfig) -> np.ndarray:
@@ -178,11 +178,15 @@ def _within_cap(pairs: PairTable, config: FilterConfig) -> np.ndarray:
 
 
 def _first_of_equals(pairs: PairTable) -> np.ndarray:
-    """One row of those in which the same annotator says the same of the same two responses."""
+    """One row of those in which the same annotator says the same of the same two responses.
+
+    What else they say (labels, a weight) decides which: it must not be the first to stand in the file.
+    """
     verdict = pairs.verdict().astype(np.uint64)
     group, _ = grouped(*pairs.low_high(), pairs.source(), verdict)
+    order = np.lexsort((pairs.said, group))
     keep = np.zeros(len(pairs), bool)
-    keep[np.unique(group, return_index=True)[1]] = True
+    keep[order[np.unique(group[order], return_index=True)[1]]] = True
     return keep
 
 
@@ -205,12 +209,14 @@ def kept(found: Iterable[Found], selection: Selection) -> Iterator[tuple[Compari
         pairs.rejected_index,
         selection.weight,
     )
-    rows = zip(*(column.tolist() for column in columns), strict=True)
+    rows: Iterator[tuple[Any, Any, Any, Any]] = zip(
+        *(column.tolist() for column in columns), strict=True
+    )
     row = next(rows, None)
-    comparisons = (record for _, record in found if isinstance(record, Comparison))
-    for number, comparison in enumerate(comparisons):
+    comparisons = ((where, record) for where, record in found if isinstance(record, Comparison))
+    for number, (where, comparison) in enumerate(comparisons):
         while row is not None and row[0] == number:
-            yield comparison, preference_of(comparison, *row[1:])
+            yield comparison, preference_of(comparison, *row[1:4], where)
             row = next(rows, None)
         if row is None:
             return

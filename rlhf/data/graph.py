@@ -19,7 +19,7 @@ def votes(pairs: PairTable) -> tuple[np.ndarray, np.ndarray]:
     balance = np.bincount(group, weights=side, minlength=count)
     agrees = (side != 0) & (side == np.sign(balance)[group])
     # any would do, for all say the same; it must not be the first to stand in the file
-    order = np.lexsort((pairs.source(), group))
+    order = np.lexsort((pairs.said, pairs.source(), group))
     order = order[agrees[order]]
     _, first = np.unique(group[order], return_index=True)
     stands = np.zeros(len(pairs), bool)

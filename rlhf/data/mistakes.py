@@ -55,8 +55,9 @@ class Tally:
         self.policy = policy
         self.read = 0  # entries taken
         self.skipped: Counter[str] = Counter()  # kind -> entries
-        self.ignored: Counter[str] = Counter()  # field that the format does not have -> entries
+        self.ignored: Counter[str] = Counter()  # field that is not read -> entries that have it
         self._tell = tell
+        self._taken_back = ""
 
     def meet(self, mistake: Mistake, where: str) -> None:
         """Count a mistake at "file:line", or raise UserError where the policy refuses its kind."""
@@ -67,6 +68,13 @@ class Tally:
         self.skipped[mistake.kind] += 1
         if self._tell is not None:
             self._tell({"where": where, "kind": mistake.kind, "message": mistake.message})
+
+    def take_back(self, mistake: Mistake, where: str) -> None:
+        """`meet` for an entry that was counted as read; its other records are the same mistake."""
+        if where != self._taken_back:
+            self.meet(mistake, where)
+            self.read -= 1
+            self._taken_back = where
 
     def lines(self) -> list[str]:
         """What there is to say, a line a kind."""

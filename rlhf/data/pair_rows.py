@@ -1,6 +1,7 @@
 """Judged pairs -> rows of tokens: a pair a row, or as many answers as fit."""
 
 import bisect
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,10 @@ import numpy as np
 
 from glm_jax.batch import Judged, Packed, Pairs, Sequences
 from glm_jax.tokenizers import Tokenizer, pad_right
-from rlhf.data.batches import require_some
+from rlhf.data.accounts import Account, Unfit, tokenised, too_long
+from rlhf.data.balance import debiased
+from rlhf.data.filter_config import FilterConfig
+from rlhf.data.pairs import CountTokens, PairColumns, as_comparison
 from rlhf.data.records import Preference, prompt_key
 from sharding.errors import UserError
 
@@ -23,23 +27,72 @@ class TokenPair(NamedTuple):
 
 
 def token_pairs(
-    records: Sequence[Preference], tokenizer: Tokenizer, length: int
+    records: Sequence[Preference],
+    tokenizer: Tokenizer,
+    length: int,
+    account: Account | None = None,
+    unfit: Unfit = "skip",
+    pack_length: int | None = None,
 ) -> list[TokenPair]:
     """Tokenise pairs; those with an answer that makes more than `length` tokens are left out.
 
-    Raises UserError where none fits.
+    With `pack_length`, so are those whose two answers make more than so many together. Raises UserError where none
+    fits, and on the first that does not where `unfit` says so.
     """
-    found = []
-    for number, record in enumerate(records):
+
+    def tokenise(record: Preference) -> TokenPair:
         chosen, rejected = (
             tokenizer.chat_example([*record.prompt, {"role": "assistant", "content": answer}])[0]
             for answer in (record.chosen, record.rejected)
         )
-        if max(len(chosen), len(rejected)) <= length:
-            start = len(tokenizer.chat_prompt(record.prompt))
-            found.append(TokenPair(number, start, chosen, rejected))
-    require_some("preferences", len(found), length)
-    return found
+        return TokenPair(-1, len(tokenizer.chat_prompt(record.prompt)), chosen, rejected)
+
+    def problem(pair: TokenPair) -> str | None:
+        sizes = len(pair.chosen), len(pair.rejected)
+        reason = too_long(max(sizes), "length", length)
+        if reason is None and pack_length is not None:
+            return too_long(sum(sizes), "reward.pack_length", pack_length)
+        return reason
+
+    account = account or Account("preferences")
+    fitting = tokenised(records, tokenise, problem, account, unfit)
+    return [pair._replace(record=number) for number, pair in fitting]
+
+
+def debiased_pairs(
+    records: Sequence[Preference],
+    pairs: Sequence[TokenPair],
+    config: FilterConfig,
+    count_tokens: CountTokens | None,
+    account: Account,
+) -> tuple[list[Preference], list[TokenPair]]:
+    """Pairs balanced and weighed as `config` says, with the records that they are of (`rlhf.data.balance.debiased`).
+
+    All that is decided looks at nothing but these pairs, which are what the loss sees. Lengths are the answers'
+    tokens, or what `count_tokens` says. Raises UserError where balancing leaves none.
+    """
+    columns = PairColumns(count_tokens or (lambda text: 0))
+    for pair in pairs:
+        columns.add(as_comparison(records[pair.record]))
+    table = columns.table()
+    if count_tokens is None:
+        table = dataclasses.replace(
+            table,
+            chosen_length=np.array([len(pair.chosen) for pair in pairs], np.int32),
+            rejected_length=np.array([len(pair.rejected) for pair in pairs], np.int32),
+        )
+    keep, weight = debiased(table, config)
+    account.leave_out("by length balance", int((~keep).sum()))
+    if not keep.any():
+        raise UserError(
+            f"preferences: {account.line()}; give more data, or let lengths be: filters.balance = False"
+        )
+    left = [pair for pair, stays in zip(pairs, keep.tolist(), strict=True) if stays]
+    weighed = [
+        records[pair.record]._replace(weight=weight)
+        for pair, weight in zip(left, weight.tolist(), strict=True)
+    ]
+    return weighed, [pair._replace(record=number) for number, pair in enumerate(left)]
 
 
 def judged_rows(records: Sequence[Preference], pairs: Sequence[TokenPair], length: int) -> Judged:

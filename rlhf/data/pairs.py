@@ -9,9 +9,10 @@ import array
 import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,6 +45,10 @@ class PairTable:
     rejected_length: np.ndarray  # int32
     annotator: np.ndarray  # int32, index into `annotators`
     task: np.ndarray  # int32, index into `tasks`
+    weight: np.ndarray  # float64, as the data states it; NaN where it does not
+    said: (
+        np.ndarray
+    )  # uint64, digest of all that the data says besides: labels, weight, order, strength
     annotators: tuple[str, ...]
     tasks: tuple[str, ...]
 
@@ -99,6 +104,7 @@ class PairColumns:
         **{"comparison": "q", "chosen_index": "h", "rejected_index": "h", "tie": "b"},
         **{"prompt": "Q", "chosen": "Q", "rejected": "Q"},
         **{"chosen_length": "i", "rejected_length": "i", "annotator": "i", "task": "i"},
+        **{"weight": "d", "said": "Q"},
     }
 
     def __init__(self, count_tokens: CountTokens = len) -> None:
@@ -116,11 +122,13 @@ class PairColumns:
         annotator = self._annotators.setdefault(comparison.annotator, len(self._annotators))
         task = self._tasks.setdefault(comparison.task, len(self._tasks))
         prompt = digest(key)
+        weight = math.nan if comparison.weight is None else comparison.weight
         for i, j, tie in ordered_pairs(comparison):
             row = (
                 *(self._read, i, j, tie, prompt, answers[i], answers[j], lengths[i], lengths[j]),
-                *(annotator, task),
+                *(annotator, task, weight, _besides(comparison, i, j)),
             )
+            value: Any
             for column, value in zip(self._columns.values(), row, strict=True):
                 column.append(value)
         self._read += 1
@@ -138,6 +146,15 @@ class PairColumns:
         return PairTable(**columns, annotators=tuple(self._annotators), tasks=tuple(self._tasks))
 
 
+def _besides(comparison: Comparison, i: int, j: int) -> int:
+    """Digest of what a pair says beside its texts and verdict; 0 where it says nothing."""
+    labels = sorted((name, marks[i], marks[j]) for name, marks in comparison.labels.items())
+    first = i < j if comparison.listed else None
+    if not labels and (comparison.weight, comparison.strength, first) == (None, None, None):
+        return 0
+    return digest(repr((labels, comparison.weight, comparison.strength, first)))
+
+
 def ordered_pairs(comparison: Comparison) -> Iterable[tuple[int, int, bool]]:
     """(preferred, other, whether they tie) of every two responses, in the order they are listed."""
     for i, j in itertools.combinations(range(len(comparison.responses)), 2):
@@ -146,7 +163,9 @@ def ordered_pairs(comparison: Comparison) -> Iterable[tuple[int, int, bool]]:
         yield first, second, comparison.ranks[i] == comparison.ranks[j]
 
 
-def preference_of(comparison: Comparison, chosen: int, rejected: int, weight: float) -> Preference:
+def preference_of(
+    comparison: Comparison, chosen: int, rejected: int, weight: float, where: str = ""
+) -> Preference:
     """One pair of a comparison, its texts as they are."""
     return Preference(
         comparison.prompt,
@@ -155,7 +174,30 @@ def preference_of(comparison: Comparison, chosen: int, rejected: int, weight: fl
         weight,
         comparison.annotator,
         comparison.task,
-        chosen < rejected,
+        chosen_first=chosen < rejected if comparison.listed else None,
+        labels={k: (marks[chosen], marks[rejected]) for k, marks in comparison.labels.items()},
+        strength=comparison.strength,
+        weight_stated=comparison.weight is not None,
+        where=where,
+    )
+
+
+def as_comparison(pair: Preference) -> Comparison:
+    """The comparison of two that a pair is: `preference_of` the other way round."""
+    sides, ranks, labels = (pair.chosen, pair.rejected), (1, 2), pair.labels
+    if pair.chosen_first is False:
+        sides, ranks = sides[::-1], (2, 1)
+        labels = {name: marks[::-1] for name, marks in labels.items()}
+    return Comparison(
+        pair.prompt,
+        sides,
+        ranks,
+        labels,
+        pair.annotator,
+        pair.task,
+        pair.weight if pair.weight_stated else None,
+        pair.strength,
+        pair.chosen_first is not None,
     )
 
 

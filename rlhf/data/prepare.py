@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from rlhf.data.accounts import Accounts
 from rlhf.data.files.builder import Files
 from rlhf.data.files.files import FilesData, Tell, silent
 from rlhf.data.oracle.builder import Oracle
@@ -26,7 +27,8 @@ from sharding.disk.directory import explained, write_json
 from sharding.disk.seal import broken, is_sealed, seal
 from sharding.errors import UserError
 
-NOTES = "notes.json"  # what was left out when the tables were built
+NOTES = "notes.json"  # entries that were skipped when the tables were built
+ACCOUNTS = "accounts.json"  # records that were left out then
 
 
 Data = ReviewsData | FilesData | PublicData | OracleData
@@ -45,13 +47,15 @@ def prepare(
     """
     root = directory / fingerprint(data)
     build_tables(data, root, tables, tell)
+    for line in open_accounts(root, tables).lines():
+        tell(f"data: {line}")
     return open_tables(data, root, tables)
 
 
 def build_tables(data: Data, root: Path, tables: Sequence[str], tell: Tell = silent) -> None:
     """Build the splits of some tables of `data` in `root`, unless they are there.
 
-    Nobody else may be at work there. `tell` receives a line for whatever was left out, also where it was built before.
+    Nobody else may be at work there. `tell` receives a line for whatever was skipped, also where it was built before.
     A table appears whole or not at all; one that is no longer as it was written is built again, which `tell` hears of.
 
     Raises:
@@ -59,11 +63,20 @@ def build_tables(data: Data, root: Path, tables: Sequence[str], tell: Tell = sil
     """
     builder = builder_of(data)
     notes: list[str] = []
-    splits = functools.cache(lambda: require_examples(data.splits(notes.append), tables))
+
+    @functools.cache
+    def splits() -> Splits:
+        if isinstance(data, FilesData | PublicData):
+            found, accounts = data.accounted(notes.append)
+        else:
+            found, accounts = data.splits(notes.append), Accounts()
+        require_examples(found, tables)
+        accounts.write(root / ACCOUNTS)
+        write_json(root / NOTES, notes)
+        return found
+
     for name in tables:
         _build(builder, name, root, splits, tell)
-    if notes:
-        write_json(root / NOTES, notes)
     for line in json.loads((root / NOTES).read_text("utf-8")) if (root / NOTES).exists() else ():
         tell(f"data: {line}")
 
@@ -73,6 +86,11 @@ def open_tables(data: Data, root: Path, tables: Sequence[str]) -> Splits:
     builder = builder_of(data)
     found = {name: _open(builder, name, root) for name in tables}
     return Splits(**{name: found.get(name, Split((), ())) for name in RECORD_TYPES})
+
+
+def open_accounts(root: Path, tables: Sequence[str]) -> Accounts:
+    """Accounts of what was left out when `build_tables` built these tables."""
+    return Accounts([found for found in Accounts.read(root / ACCOUNTS) if found.table in tables])
 
 
 def builder_of(data: Data) -> type[RecordsBuilder]:

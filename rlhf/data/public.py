@@ -4,12 +4,13 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from rlhf.data.accounts import Accounts
 from rlhf.data.files.files import FilesData, Tell, silent
-from rlhf.data.filter_config import FilterConfig
+from rlhf.data.filter_config import Debiasing, FilterConfig
 from rlhf.data.mistakes import OnMistake
 from rlhf.data.records import Splits
 from sharding.errors import UserError
@@ -44,11 +45,10 @@ class PublicData:
     # where their files are, under the names that they are published by, or are downloaded to
     directory: Path
     sft: Path | tuple[Path, ...] = ()  # conversations to imitate, of your own
-    heldout_fraction: float = 0.1  # share of the distinct prompts that is held out
+    heldout_fraction: float = 0.1  # share of the distinct dialogues that is held out
     seed: int = 0  # draws which
-    tokenizer: Path | None = (
-        None  # directory whose tokens lengths are balanced in; None: characters
-    )
+    # directory of the tokenizer that lengths are balanced in; None: a run's own, or characters outside a run
+    tokenizer: Path | None = None
     filters: FilterConfig = FilterConfig()
     mistakes: OnMistake = OnMistake.skip_all()  # such files have some
 
@@ -73,6 +73,18 @@ class PublicData:
     def splits(self, tell: Tell = silent) -> Splits:
         """All records; see FilesData."""
         return self.files().splits(tell)
+
+    def accounted(self, tell: Tell = silent) -> tuple[Splits, Accounts]:
+        """See FilesData."""
+        return self.files().accounted(tell)
+
+    def undebiased(self) -> "PublicData":
+        """See FilesData."""
+        return replace(self, filters=replace(self.filters, balance=False, weigh="pair"))
+
+    def debiasing(self) -> Debiasing | None:
+        """See FilesData."""
+        return Debiasing(self.filters, self.tokenizer)
 
     def _download(self, urls: dict[str, str]) -> None:
         """Not by TFDS's own manager, which goes on trying for minutes where there is no network."""

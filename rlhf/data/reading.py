@@ -76,6 +76,7 @@ def _records(entry: Entry, form: Form, tally: Tally) -> Iterator[Found]:
             raise Mistake("malformed", f"field {missing[0]!r} is missing")
         records = form.parse(entry.fields)
         tally.ignored.update(unknown)
+        tally.ignored.update(form.unread & entry.fields.keys())
         tally.read += 1
     except Mistake as mistake:
         tally.meet(mistake, entry.where)

@@ -1,4 +1,4 @@
-"""The kinds of record, and the rule that holds prompts out."""
+"""The kinds of record, and the rule that holds dialogues out."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from sharding.errors import UserError
 
 Messages = tuple[Mapping[str, Any], ...]  # each {"role", "content", optionally "metadata", "tools"}
+Labels = Mapping[str, tuple[float | None, ...]]
 
 
 class Example(NamedTuple):
@@ -18,6 +19,8 @@ class Example(NamedTuple):
 
     prompt: Messages
     response: str
+    task: str = ""  # the intent of the prompt, as the data names it
+    where: str = ""  # "file:line" it is from; empty where no file has it as a line
 
 
 class Comparison(NamedTuple):
@@ -27,9 +30,13 @@ class Comparison(NamedTuple):
     responses: tuple[str, ...]
     ranks: tuple[int, ...]  # of each response, 1 the best; equal ranks are a tie
     # criterion (helpfulness, safety, fluency, ...) -> a number a response, None where nobody said
-    labels: Mapping[str, tuple[float | None, ...]] = MappingProxyType({})
+    labels: Labels = MappingProxyType({})
     annotator: str = ""
     task: str = ""  # the intent of the prompt, as the data names it
+    weight: float | None = None  # of each of its pairs, where the data states one
+    strength: float | None = None  # of the preference between two responses, in the data's scale
+    # True: the data lists the responses in an order of its own; False: best first, so that their order says nothing
+    listed: bool = False
 
 
 class Preference(NamedTuple):
@@ -41,20 +48,30 @@ class Preference(NamedTuple):
     weight: float = 1.0  # of the pair in a mean over pairs
     annotator: str = ""
     task: str = ""
-    chosen_first: bool = True  # whether the data lists the preferred answer first
+    chosen_first: bool | None = (
+        None  # whether the data lists the preferred answer first; None: unknown
+    )
+    labels: Labels = MappingProxyType({})  # criterion -> a number (or None) of chosen and rejected
+    strength: float | None = None  # of the preference, in the data's scale
+    weight_stated: bool = (
+        False  # whether the data states the weight, which `weigh` then leaves alone
+    )
+    where: str = ""  # "file:line" it is from; empty where no file has it as a line
 
 
 class Prompt(NamedTuple):
     """A conversation that waits for an answer."""
 
     prompt: Messages
+    task: str = ""
+    where: str = ""
 
 
 Record = TypeVar("Record", Example, Preference, Prompt)
 
 
 class Split(NamedTuple):
-    """One table on its two sides; no prompt stands on both."""
+    """One table on its two sides; no dialogue stands on both."""
 
     train: Sequence[Any]
     heldout: Sequence[Any]
@@ -63,8 +80,8 @@ class Split(NamedTuple):
 class Splits(NamedTuple):
     """The tables of one data set: `Example`, `Preference` and `Prompt` records.
 
-    All three agree about the side of a prompt, so that no stage has trained on what another holds
-    out.
+    All three agree about the side of a dialogue (`dialogue_key`), so that no stage has trained on
+    what another holds out.
     """
 
     sft: Split
@@ -89,9 +106,25 @@ def prompt_key(prompt: Messages) -> str:
 
 def same_prompt(prompt: Messages) -> str:
     """A prompt without what does not make it another one: case, width, and where blanks stand."""
-    said = [[str(m["role"]), unicodedata.normalize("NFKC", str(m["content"]))] for m in prompt]
-    plain = [(role, " ".join(text.casefold().split())) for role, text in said]
-    return json.dumps(plain, ensure_ascii=False)
+    return json.dumps([_plain(message) for message in prompt], ensure_ascii=False, sort_keys=True)
+
+
+def dialogue_key(prompt: Messages) -> str:
+    """Name the dialogue that a prompt is from: its first user turn, spelt as in `same_prompt`.
+
+    All tables are split by it, and intervals take it for what was sampled: the prompts of one dialogue hold each
+    other's answers. System messages before the turn make no other dialogue. Without a user turn, the first message
+    that is not the system's stands for it.
+    """
+    spoken = [message for message in prompt if message["role"] != "system"] or list(prompt)
+    first = next((message for message in spoken if message["role"] == "user"), spoken[0])
+    return same_prompt(({"role": first["role"], "content": first["content"]},))
+
+
+def _plain(message: Mapping[str, Any]) -> list[Any]:
+    text = unicodedata.normalize("NFKC", str(message["content"]))
+    more = {name: message[name] for name in ("metadata", "tools") if message.get(name)}
+    return [str(message["role"]), " ".join(text.casefold().split()), *([more] if more else [])]
 
 
 def uniform_hash(seed: int, *parts: str) -> float:
@@ -103,12 +136,12 @@ def uniform_hash(seed: int, *parts: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
 
 
-def split_by_prompt(records: Iterable[Record], heldout: Mapping[str, bool]) -> Split:
-    """Divide `records` by what `heldout` says of their `prompt_key`, in their order."""
+def split_by_dialogue(records: Iterable[Record], heldout: Mapping[str, bool]) -> Split:
+    """Divide `records` by what `heldout` says of their `dialogue_key`, in their order."""
     train: list[Record] = []
     held: list[Record] = []
     for record in records:
-        (held if heldout[prompt_key(record.prompt)] else train).append(record)
+        (held if heldout[dialogue_key(record.prompt)] else train).append(record)
     return Split(train, held)
 
 

@@ -52,13 +52,13 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, rows: Sequence[Any]) -> Iterator[tuple[int, dict[str, bytes]]]:
         for number, record in enumerate(rows):
-            text = json.dumps(record._asdict(), ensure_ascii=False, default=_scalar)
+            text = json.dumps(record._asdict(), ensure_ascii=False, default=_plain)
             yield number, {FIELD: text.encode("utf-8", "surrogatepass")}
 
 
-def _scalar(number: np.generic) -> Any:
-    """The Python number of a NumPy one, to the bit."""
-    return number.item()
+def _plain(value: np.generic | Mapping[str, Any]) -> Any:
+    """The Python number of a NumPy one, to the bit; a dict of any other mapping."""
+    return value.item() if isinstance(value, np.generic) else dict(value)
 
 
 class StoredRecords(Sequence[Any]):
@@ -89,4 +89,6 @@ class StoredRecords(Sequence[Any]):
     def _decode(self, stored: Mapping[str, Any]) -> Any:
         fields: dict[str, Any] = json.loads(stored[FIELD])
         fields["prompt"] = tuple(fields["prompt"])
+        if "labels" in fields:
+            fields["labels"] = {name: tuple(marks) for name, marks in fields["labels"].items()}
         return self._record_type(**fields)

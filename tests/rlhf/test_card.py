@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rlhf.card import answers as answers_module
 from rlhf.card.card import LENGTH_EDGES, Card, Scored, as_json, grade
-from rlhf.card.intervals import Estimate, contrast, difference, share
+from rlhf.card.intervals import Estimate, Sample, contrast, difference, share
 from rlhf.card.page import card_table, write_card
 from rlhf.card.plots import bucket_name
 from rlhf.card.verdict import GRADES, pairs_needed
@@ -25,7 +25,10 @@ approx = pytest.approx
 
 
 def ragged(seed: int = 0, prompts: int = 40) -> Scored:
-    """Rankings of 2 to 5 answers, some pairs judged twice or not at all, equal scores and lengths, no task or name."""
+    """Rankings of 2 to 5 answers, some pairs judged twice or not at all, equal scores and lengths, no task or name.
+
+    Nine prompts to eight dialogues, weights of three sizes, and an order that is now and then unknown.
+    """
     rng = random.Random(seed)
     rows: list[tuple[Any, ...]] = []
     for prompt in range(prompts):
@@ -40,14 +43,16 @@ def ragged(seed: int = 0, prompts: int = 40) -> Scored:
                 won, lost = (a, b) if quality[a] + rng.gauss(0, 1) > quality[b] else (b, a)
                 judged = (score[won], score[lost], tokens[won], tokens[lost])
                 names = (prompt, number[won], number[lost], rng.random() < 0.6)
-                rows.append((*judged, *names, task, rng.choice(["", "ann", "bo", "cy"])))
+                said = task, rng.choice(["", "ann", "bo", "cy"])
+                more = prompt * 8 // 9, rng.choice([0.25, 1.0, 3.0]), rng.random() < 0.8
+                rows.append((*judged, *names, *said, *more))
     rng.shuffle(rows)
     return table(rows)
 
 
 def table(rows: list[tuple[Any, ...]]) -> Scored:
     columns = list(zip(*rows, strict=True))
-    return Scored._make([*map(np.array, columns[:8]), *columns[8:]])
+    return Scored._make([*map(np.array, columns[:8]), *columns[8:10], *map(np.array, columns[10:])])
 
 
 def records(scored: Scored) -> list[Any]:
@@ -68,8 +73,11 @@ def longer(row: Any) -> float:
     return point(row.chosen_tokens, row.rejected_tokens)
 
 
-def mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def mean(values: list[float], rows: list[Any] | None = None) -> float | None:
+    """The mean, by the weights of rows where they are given."""
+    weights = [1.0] * len(values) if rows is None else [row.weight for row in rows]
+    total = sum(value * weight for value, weight in zip(values, weights, strict=True))
+    return total / sum(weights) if values else None
 
 
 def std(values: list[float]) -> float:
@@ -95,15 +103,16 @@ CARD = grade(SCORED)
 
 def test_accuracy_and_the_ruler() -> None:
     assert 0.5 in map(win, ROWS) and 0.5 in map(longer, ROWS)
-    prompts = len({row.prompt for row in ROWS})
+    dialogues = len({row.dialogue for row in ROWS})
+    assert 30 <= dialogues < len({row.prompt for row in ROWS})
     for found, values in (
         (CARD.accuracy, [win(row) for row in ROWS]),
         (CARD.length.ruler, [longer(row) for row in ROWS]),
         (CARD.length.over_ruler, [win(row) - longer(row) for row in ROWS]),
         (CARD.length.over_shorter, [win(row) - (1 - longer(row)) for row in ROWS]),
     ):
-        assert found.value == approx(mean(values))
-        assert (found.count, found.prompts) == (len(ROWS), prompts)
+        assert found.value == approx(mean(values, ROWS))
+        assert (found.count, found.dialogues) == (len(ROWS), dialogues)
         assert found.value is not None and found.low is not None and found.high is not None
         assert found.low < found.value < found.high
 
@@ -116,22 +125,24 @@ def test_length_buckets() -> None:
     for found, low, high in zip(CARD.length.buckets, bounds, bounds[1:], strict=False):
         rows = [row for row in ROWS if low <= row.chosen_tokens - row.rejected_tokens < high]
         assert found.accuracy.count == len(rows) > 0
-        assert found.accuracy.value == approx(mean([win(row) for row in rows]))
-        assert found.ruler == approx(mean([longer(row) for row in rows]))
+        assert found.accuracy.value == approx(mean([win(row) for row in rows], rows))
+        assert found.ruler == approx(mean([longer(row) for row in rows], rows))
     empty = grade(SCORED, edges=(10_000,)).length.buckets[1]
     assert (empty.accuracy, empty.ruler) == (Estimate(None, None, None, 0, 0), None)
 
 
 def test_preferences_for_a_position_and_for_length() -> None:
     sides: list[tuple[Any, Callable[[Any], bool], list[Any]]] = [
-        (CARD.position, lambda row: row.chosen_first, ROWS),
+        (CARD.position, lambda row: row.chosen_first, [x for x in ROWS if x.order_known]),
         (CARD.verbosity, lambda row: longer(row) == 1, [x for x in ROWS if longer(x) != 0.5]),
     ]
     for found, has, rows in sides:
-        model = mean([win(row) if has(row) else 1 - win(row) for row in rows])
-        judges = mean([float(has(row)) for row in rows])
-        with_it = mean([win(row) for row in rows if has(row)])
-        against = mean([win(row) for row in rows if not has(row)])
+        model = mean([win(row) if has(row) else 1 - win(row) for row in rows], rows)
+        judges = mean([float(has(row)) for row in rows], rows)
+        with_it, against = (
+            mean([win(row) for row in some], some)
+            for some in ([x for x in rows if has(x)], [x for x in rows if not has(x)])
+        )
         assert model is not None and judges is not None
         assert with_it is not None and against is not None
         assert found.model.value == approx(model)
@@ -140,7 +151,7 @@ def test_preferences_for_a_position_and_for_length() -> None:
         assert found.accuracy_with.value == approx(with_it)
         assert found.accuracy_against.value == approx(against)
         assert found.lean.value == approx((with_it - against) / 2)
-    assert CARD.verbosity.model.count < len(ROWS)
+    assert CARD.verbosity.model.count < len(ROWS) > CARD.position.model.count > 0
 
 
 def test_correlation_with_length() -> None:
@@ -159,7 +170,7 @@ def test_correlation_with_length() -> None:
 
 
 def test_calibration() -> None:
-    bins: list[list[tuple[float, float]]] = [[] for _ in range(10)]
+    bins: list[list[tuple[float, float, float]]] = [[] for _ in range(10)]
     losses = []
     for row in ROWS:
         first, second = row.chosen, row.rejected
@@ -168,18 +179,21 @@ def test_calibration() -> None:
         p = 1 / (1 + math.exp(second - first))  # that the first is better
         right = 0.5 if p == 0.5 else float((p > 0.5) == row.chosen_first)
         confidence = max(p, 1 - p)
-        bins[min(9, int((confidence - 0.5) / 0.05))].append((confidence, right))
+        bins[min(9, int((confidence - 0.5) / 0.05))].append((confidence, right, row.weight))
         losses.append(-math.log(p if row.chosen_first else 1 - p))
-    ece = 0.0
+    ece, total = 0.0, sum(row.weight for row in ROWS)
     for found, inside in zip(CARD.calibration.bins, bins, strict=True):
+        weight = sum(w for *_, w in inside)
+        sure, right = (sum(x[side] * x[2] for x in inside) for side in (0, 1))
         assert found.count == len(inside)
-        assert found.confidence == approx(mean([x for x, _ in inside]))
-        assert found.accuracy == approx(mean([x for _, x in inside]))
-        ece += abs(sum(x for x, _ in inside) - sum(x for _, x in inside)) / len(ROWS)
+        assert found.confidence == (approx(sure / weight) if inside else None)
+        assert found.accuracy == (approx(right / weight) if inside else None)
+        ece += abs(sure - right) / total
     assert CARD.calibration.ece == approx(ece)
-    assert CARD.calibration.nll == approx(mean(losses))
+    assert CARD.calibration.nll == approx(mean(losses, ROWS))
     assert CARD.calibration.chance_nll == math.log(2)
-    assert CARD.calibration.confidence == approx(mean([x for inside in bins for x, _ in inside]))
+    sure = sum(x * weight for inside in bins for x, _, weight in inside)
+    assert CARD.calibration.confidence == approx(sure / total)
 
 
 def test_scores_and_margins() -> None:
@@ -205,7 +219,7 @@ def test_tasks() -> None:
         assert found.answers == len(members[found.name])
         assert found.mean == approx(mean(members[found.name]))
         assert found.std == approx(std(members[found.name]))
-        assert found.accuracy.value == approx(mean([win(row) for row in rows]))
+        assert found.accuracy.value == approx(mean([win(row) for row in rows], rows))
         assert found.accuracy.count == len(rows)
     assert list(members) == ["code", "sum", "write"]  # the unknown one is none
     everyone = [score for scores in members.values() for score in scores]
@@ -221,15 +235,16 @@ def test_annotators() -> None:
         # both say "first" or "second"; a tie of the model is half of each
         cells = dict.fromkeys(itertools.product((True, False), repeat=2), 0.0)
         for row in rows:
-            cells[row.chosen_first, row.chosen_first] += win(row)
-            cells[not row.chosen_first, row.chosen_first] += 1 - win(row)
+            if row.order_known:
+                cells[row.chosen_first, row.chosen_first] += win(row) * row.weight
+                cells[not row.chosen_first, row.chosen_first] += (1 - win(row)) * row.weight
         total = sum(cells.values())
         model = {side: sum(cells[side, x] for x in (True, False)) / total for side in (True, False)}
         judge = {side: sum(cells[x, side] for x in (True, False)) / total for side in (True, False)}
         seen = (cells[True, True] + cells[False, False]) / total
         expected = model[True] * judge[True] + model[False] * judge[False]
         assert found.kappa == approx((seen - expected) / (1 - expected))
-        assert found.accuracy.value == approx(seen)
+        assert found.accuracy.value == approx(mean([win(row) for row in rows], rows))
 
 
 def test_triples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +286,7 @@ def test_triples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_not_defined_is_none() -> None:
-    pair = (1.0, 0.0, 3, 3, 7, 0, 1, True, "", "ann")
+    pair = (1.0, 0.0, 3, 3, 7, 0, 1, True, "", "ann", 0, 1.0, True)
     card = grade(table([pair]))
     assert card.accuracy.low == approx(0.025) and card.accuracy.high == 1.0
     assert card.length.correlation is None
@@ -296,6 +311,11 @@ def clustered(rng: np.random.Generator, prompts: int) -> tuple[np.ndarray, np.nd
     return (rng.random(len(prompt)) < easy[prompt]).astype(float), prompt
 
 
+def alike(dialogue: np.ndarray) -> Sample:
+    """All pairs weigh 1."""
+    return Sample(np.ones(len(dialogue)), dialogue)
+
+
 def test_intervals_cover_the_truth_where_pairs_are_clustered() -> None:
     rng = np.random.default_rng(1)
     covered = {"share": 0, "difference": 0, "contrast": 0, "pairs taken for independent": 0}
@@ -305,10 +325,10 @@ def test_intervals_cover_the_truth_where_pairs_are_clustered() -> None:
         other = np.resize(other, len(points))
         side = rng.random(len(points)) < 0.4
         for name, found, truth in (
-            ("share", share(points, prompt, 0), 0.6),
-            ("difference", difference(points - 1.0, prompt, 0), -0.4),
-            ("contrast", contrast(points, side, prompt, 0), 0.0),
-            ("pairs taken for independent", share(points, np.arange(len(points)), 0), 0.6),
+            ("share", share(points, alike(prompt), 0), 0.6),
+            ("difference", difference(points - 1.0, alike(prompt), 0), -0.4),
+            ("contrast", contrast(points, side, alike(prompt), 0), 0.0),
+            ("pairs taken for independent", share(points, alike(np.arange(len(points))), 0), 0.6),
         ):
             assert found.low is not None and found.high is not None
             covered[name] += found.low <= truth <= found.high
@@ -326,20 +346,20 @@ def test_resampling_kinds_is_resampling_prompts() -> None:
         drawn = [x for _ in groups for x in rng.choice(groups)]
         means.append(sum(drawn) / len(drawn))
     means.sort()
-    found = share(points, prompt, 0)
+    found = share(points, alike(prompt), 0)
     assert found.low == approx(means[100], abs=0.01)
     assert found.high == approx(means[3899], abs=0.01)
-    assert found == share(points, prompt, 0) != share(points, prompt, 1)
+    assert found == share(points, alike(prompt), 0) != share(points, alike(prompt), 1)
 
 
 def test_certainty_is_not_claimed() -> None:
     ones, prompt = np.ones(60), np.repeat(np.arange(20), 3)
-    found = share(ones, prompt, 0)
+    found = share(ones, alike(prompt), 0)
     assert (
         found.low == approx(0.8316, abs=1e-4) and found.high == 1.0
     )  # Clopper & Pearson, 20 of 20
-    assert share(1 - ones, prompt, 0).high == approx(1 - 0.8316, abs=1e-4)
-    assert share(ones / 2, prompt * 0, 0) == Estimate(0.5, None, None, 60, 1)
+    assert share(1 - ones, alike(prompt), 0).high == approx(1 - 0.8316, abs=1e-4)
+    assert share(ones / 2, alike(prompt * 0), 0) == Estimate(0.5, None, None, 60, 1)
 
 
 def test_pairs_needed() -> None:
@@ -382,6 +402,9 @@ def judged(scorer: Scorer, prompts: int = 400, seed: int = 1, follow: float = 0.
         first[won, at],
         task,
         ["ann"] * count,
+        np.repeat(np.arange(prompts), 2),
+        np.ones(count),
+        np.ones(count, bool),
     )
 
 
@@ -473,7 +496,8 @@ def test_few_pairs_say_how_many_more() -> None:
     verdict = grade(judged(MODELS["perfect"][0], prompts=10)).verdict
     assert verdict.grade == "too few pairs"
     assert (
-        "10 prompts are too few" in verdict.sentences[1] and "40 more pairs" in verdict.sentences[1]
+        "10 dialogues are too few" in verdict.sentences[1]
+        and "40 more pairs" in verdict.sentences[1]
     )
     near = grade(judged(MODELS["random"][0])).verdict.sentences
     assert re.search(r"about [\d,]+ more pairs would tell it from chance", near[1])
@@ -483,6 +507,56 @@ def test_data_that_always_lists_the_better_one_first_shows_no_position_bias() ->
     scored = judged(MODELS["perfect"][0])
     card = grade(scored._replace(chosen_first=np.ones(800, bool)))
     assert card.position.lean.value is None and card.verdict.grade == "good"
+
+
+def test_an_unknown_order_gives_no_figure_of_position_or_kappa(tmp_path: Path) -> None:
+    """Whatever stands in the column: a constant is no observation."""
+    pages = []
+    for first in (SCORED.chosen_first, np.ones(len(ROWS), bool), np.zeros(len(ROWS), bool)):
+        card = grade(SCORED._replace(chosen_first=first, order_known=np.zeros(len(ROWS), bool)))
+        assert card.position.model == card.position.judges == Estimate(None, None, None, 0, 0)
+        assert [found.kappa for found in card.annotators] == [None] * 3
+        assert card.accuracy == CARD.accuracy
+        pages.append(write_card(card, tmp_path).read_text("utf-8"))
+    assert "unknown" in pages[0] and "Better one first" not in pages[0]
+    assert pages[0] == pages[1] == pages[2]
+    assert "Better one first" in write_card(CARD, tmp_path).read_text("utf-8")
+
+
+def test_a_weight_counts_as_so_many_rows() -> None:
+    """Means only: intervals come from dialogues, which stay as many."""
+    whole = SCORED._replace(weight=np.arange(len(ROWS)) % 3 + 1.0)
+    rows = np.repeat(np.arange(len(ROWS)), np.arange(len(ROWS)) % 3 + 1)
+    repeated = reordered(whole._replace(weight=np.ones(len(ROWS))), rows)
+    one, other = grade(whole), grade(repeated)
+    for get in (
+        lambda card: card.accuracy,
+        lambda card: card.length.over_ruler,
+        lambda card: card.position.lean,
+        lambda card: card.verbosity.difference,
+        lambda card: card.tasks.rows[0].accuracy,
+        lambda card: card.annotators[1].accuracy,
+    ):
+        found, expected = get(one), get(other)
+        assert found.count < expected.count and found.dialogues == expected.dialogues
+        assert (found.value, found.low, found.high) == approx(
+            (expected.value, expected.low, expected.high)
+        )
+    assert one.calibration.ece == approx(other.calibration.ece)
+    with pytest.raises(UserError, match="the weight of row 4 is not a positive number"):
+        grade(whole._replace(weight=np.where(np.arange(len(ROWS)) == 4, 0.0, 1.0)))
+
+
+def test_pairs_of_one_dialogue_are_no_independent_evidence() -> None:
+    """Copies of every prompt in the same dialogue leave the intervals; in dialogues of their own they narrow them."""
+    twice = np.tile(np.arange(len(ROWS)), 2)
+    copies = reordered(SCORED, twice)
+    copies = copies._replace(prompt=copies.prompt + 1000 * (np.arange(len(twice)) >= len(ROWS)))
+    same = grade(copies).accuracy
+    apart = grade(copies._replace(dialogue=copies.prompt)).accuracy
+    assert (same.low, same.high) == approx((CARD.accuracy.low, CARD.accuracy.high))
+    assert None not in (same.low, same.high, apart.low, apart.high)
+    assert apart.high - apart.low < 0.8 * (same.high - same.low)  # type: ignore[operator]
 
 
 def test_overfitting_is_said() -> None:

@@ -1,6 +1,7 @@
 """A user's own files: every mistake is named, everything right is kept, no prompt is on two sides."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,9 @@ def test_what_is_left_out_is_told_whenever_the_data_is_opened(tmp_path: Path) ->
         assert (
             f"data: 2 entries skipped: single, the first at {tmp_path}/preferences.jsonl:21" in told
         )
-        assert any("pairs kept; dropped 1 duplicate judgement" in line for line in told)
+        line = next(line for line in told if "duplicate judgement" in line)
+        assert re.search(r"data: \d+ of \d+ (training|held-out) pairs used; left out: ", line)
+        assert "1 by filter 'duplicate judgement'" in line
 
 
 def test_rankings_become_pairs_that_weigh_as_one(tmp_path: Path) -> None:

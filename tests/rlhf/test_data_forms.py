@@ -46,7 +46,7 @@ CASES: list[tuple[dict[str, Any], list[Any]]] = [
             "chosen": [*TALK, assistant("well")],
             "rejected": [*TALK, assistant("ill")],
         },
-        [Comparison(TALK, ("well", "ill"), (1, 2))],
+        [Comparison(TALK, ("well", "ill"), (1, 2), {"score": (1.0, 0.0)})],
     ),
     (
         {
@@ -75,13 +75,15 @@ CASES: list[tuple[dict[str, Any], list[Any]]] = [
             "annotator3": 0,
         },
         [
-            Comparison((user("add"),), ("1", "2"), ranks, {}, f"annotator{i + 1}", "Gmail")
+            Comparison(
+                (user("add"),), ("1", "2"), ranks, {}, f"annotator{i + 1}", "Gmail", listed=True
+            )
             for i, ranks in enumerate([(1, 2), (2, 1), (1, 1)])
         ],
     ),
     (
         {"input": "add", "output_1": "1", "output_2": "2", "label": 2},
-        [Comparison((user("add"),), ("1", "2"), (2, 1))],
+        [Comparison((user("add"),), ("1", "2"), (2, 1), listed=True)],
     ),
     (
         {
@@ -99,7 +101,12 @@ CASES: list[tuple[dict[str, Any], list[Any]]] = [
                 {"response": "2", "overall_score": 1.0, "annotations": RATED},
             ],
         },
-        [Comparison((user("add"),), ("1", "2"), (2, 1), {"helpfulness": (3.0, 5.0)}, "", "flan")],
+        [
+            Comparison(
+                *((user("add"),), ("1", "2"), (2, 1), {"helpfulness": (3.0, 5.0)}, "", "flan"),
+                listed=True,
+            )
+        ],
     ),
     (
         {
@@ -131,8 +138,8 @@ CASES: list[tuple[dict[str, Any], list[Any]]] = [
             },
         },
         [
-            Comparison((user("hi"),), ("worse", "hello"), (2, 1), {}, "", "en"),
-            Comparison(TALK, ("well", "ill"), (1, 2)),
+            Comparison((user("hi"),), ("worse", "hello"), (2, 1), {}, "", "en", listed=True),
+            Comparison(TALK, ("well", "ill"), (1, 2), listed=True),
         ],
     ),
     (

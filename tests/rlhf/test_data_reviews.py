@@ -66,7 +66,9 @@ def test_every_review_is_kept_whole_on_its_own_side(files: tuple[list[str], list
     whole = [prompt_text(record.prompt) + record.response for side in splits.sft for record in side]
     assert sorted(whole) == sorted(review for review in pos ^ neg if len(review) >= DATA.min_chars)
     pairs = [record for side in splits.preferences for record in side]
-    assert len({(prompt_text(pair.prompt), *pair[1:]) for pair in pairs}) == len(pairs)
+    assert len({(prompt_text(pair.prompt), pair.chosen, pair.rejected) for pair in pairs}) == len(
+        pairs
+    )
     assert all(prompt_text(pair.prompt) + pair.chosen in pos - neg for pair in pairs)
     assert all(prompt_text(pair.prompt) + pair.rejected in neg - pos for pair in pairs)
     shared = {r[:2] for r in pos - neg if len(r) >= 10} & {r[:2] for r in neg - pos if len(r) >= 10}

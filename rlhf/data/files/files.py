@@ -1,4 +1,4 @@
-"""Files -> records: read, filtered and split by prompt."""
+"""Files -> records: read, filtered and split by dialogue."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rlhf.data.filter_config import FilterConfig
+from rlhf.data.accounts import Accounts, Kept
+from rlhf.data.filter_config import Debiasing, FilterConfig
 from rlhf.data.filters import Survey, kept, select, survey
 from rlhf.data.forms.form import Record
 from rlhf.data.mistakes import Mistake, OnMistake, Tally
@@ -21,6 +22,7 @@ from rlhf.data.records import (
     Prompt,
     Split,
     Splits,
+    dialogue_key,
     require_fraction,
     same_prompt,
     uniform_hash,
@@ -42,12 +44,11 @@ class FilesData:
     sft: Paths = ()  # conversations to imitate
     preferences: Paths = ()  # comparisons of two or more answers
     prompts: Paths = ()  # prompts to answer; none: those of the other files
-    heldout_fraction: float = 0.1  # share of the distinct prompts held out, in all tables alike
+    heldout_fraction: float = 0.1  # share of the distinct dialogues held out, in all tables alike
     seed: int = 0  # draws which
     form: str | None = None  # what the files look like; None: told from their fields
-    tokenizer: Path | None = (
-        None  # directory whose tokens lengths are balanced in; None: characters
-    )
+    # directory of the tokenizer that lengths are balanced in; None: a run's own, or characters outside a run
+    tokenizer: Path | None = None
     filters: FilterConfig = FilterConfig()  # of comparisons; lengths are balanced in training only
     mistakes: OnMistake = OnMistake()
 
@@ -70,28 +71,61 @@ class FilesData:
 
         `tell` receives a line for whatever is skipped or filtered out.
         """
+        splits, accounts = self.accounted(tell)
+        for line in accounts.lines():
+            tell(line)
+        return splits
+
+    def accounted(self, tell: Tell = silent) -> tuple[Splits, Accounts]:
+        """`splits`, with the accounts of what was filtered out; `tell` receives a line for what was skipped."""
         require_fraction(self.heldout_fraction)
-        examples = [record for _, record in self._records(self.sft, Example, tell)]
-        preferences = self._preferences(tell)
-        asked = [record.prompt for _, record in self._records(self.prompts, Prompt, tell)]
-        if not _listed(self.prompts):
-            asked = [record.prompt for table in (examples, *preferences) for record in table]
-        distinct = {same_prompt(prompt): prompt for prompt in reversed(asked)}
-        return Splits(
-            sft=self._split(examples),
-            preferences=preferences,
-            prompts=self._split([Prompt(prompt) for prompt in reversed(distinct.values())]),
-        )
+        accounts = Accounts()
+        examples = [
+            record._replace(where=where) for where, record in self._records(self.sft, Example, tell)
+        ]
+        preferences, pairs = self._preferences(accounts, tell)
+        if _listed(self.prompts):
+            found = self._records(self.prompts, Prompt, tell)
+            asked = [record._replace(where=where) for where, record in found]
+        else:  # of a dialogue's records the first says where the prompt is from
+            asked = [Prompt(x.prompt, x.task, x.where) for x in examples]
+            asked += [Prompt(x.prompt, x.task, x.where) for x in pairs]
+            asked = list({same_prompt(x.prompt): x for x in reversed(asked)}.values())[::-1]
+        prompts = self._split(self._distinct(asked, accounts))
+        for side, records in prompts._asdict().items():
+            accounts.of("prompts", side).total += len(records)
+        sft = self._split(examples)
+        for side, records in sft._asdict().items():
+            accounts.of("sft", side, len(records))
+        return Splits(sft, preferences, prompts), accounts
+
+    def undebiased(self) -> "FilesData":
+        """The same data with pairs that are neither balanced nor weighed: a run does that with what fits."""
+        return replace(self, filters=replace(self.filters, balance=False, weigh="pair"))
+
+    def debiasing(self) -> Debiasing | None:
+        """How a run balances and weighs the pairs that fit."""
+        return Debiasing(self.filters, self.tokenizer)
 
     def heldout(self, prompt: Messages) -> bool:
-        """The side of a prompt; prompts that differ in case, width and blanks only are on one side."""
-        return uniform_hash(self.seed, same_prompt(prompt)) < self.heldout_fraction
+        """The side of a prompt: that of its dialogue."""
+        return uniform_hash(self.seed, dialogue_key(prompt)) < self.heldout_fraction
 
-    def _split(self, records: Sequence[Example] | Sequence[Prompt]) -> Split:
-        sides: tuple[list[Record], list[Record]] = ([], [])
+    def _split(self, records: Sequence[Kept]) -> Split:
+        sides: tuple[list[Kept], list[Kept]] = ([], [])
         for record in records:
             sides[self.heldout(record.prompt)].append(record)
         return Split(*sides)
+
+    def _distinct(self, records: Sequence[Prompt], accounts: Accounts) -> list[Prompt]:
+        """The first of prompts that are the same; the others are left out."""
+        found: dict[str, Prompt] = {}
+        for record in records:
+            if found.setdefault(same_prompt(record.prompt), record) is not record:
+                account = accounts.of("prompts", Split._fields[self.heldout(record.prompt)])
+                account.total += 1
+                account.leave_out("repeating another prompt", 1, record.where)
+        return list(found.values())
 
     def _records(self, paths: Paths, kind: type[Kind], tell: Tell) -> Iterator[tuple[str, Kind]]:
         """The records of a table's files, all of one kind."""
@@ -102,28 +136,32 @@ class FilesData:
                 yield where, record
             else:
                 message = f"{_NAMES[type(record)]} where {_NAMES[kind]} is expected"
-                tally.meet(Mistake("malformed", message), where)
+                tally.take_back(Mistake("malformed", message), where)
         for line in tally.lines():
             tell(f"{line}{f', the first at {first[0]}' if first else ''}")
 
-    def _preferences(self, tell: Tell) -> Split:
-        """Pairs of either side, filtered."""
+    def _preferences(self, accounts: Accounts, tell: Tell) -> tuple[Split, list[Preference]]:
+        """Pairs of either side, filtered; and those that all filters but length balancing leave."""
         records = self._records(self.preferences, Comparison, tell)
         found = [Found(where, record) for where, record in records]
         surveyed = survey(found, self.filters, length_in(self.tokenizer))
         held = np.array([self.heldout(record.prompt) for _, record in found], bool)
         held = held[surveyed.pairs.comparison]
         sides: list[list[Preference]] = []
-        for side in (False, True):
-            config = replace(self.filters, balance=self.filters.balance and not side)
-            selection = select(Survey(surveyed.pairs.take(held == side), surveyed.refused), config)
-            dropped = [f"{s.dropped:,} {s.name}" for s in selection.steps if s.dropped]
-            if dropped:
-                count = f"{len(selection.pairs):,} of {int((held == side).sum()):,}"
-                name = ("training", "held-out")[side]
-                tell(f"{count} {name} pairs kept; dropped {', '.join(dropped)}")
+        asked: list[Preference] = []
+        for number, side in enumerate(Split._fields):
+            here = held == bool(number)
+            config = replace(self.filters, balance=self.filters.balance and not number)
+            selection = select(Survey(surveyed.pairs.take(here), surveyed.refused), config)
+            account = accounts.of("preferences", side, int(here.sum()))
+            for step in selection.steps:
+                account.leave_out(f"by filter {step.name!r}", step.dropped)
             sides.append([pair for _, pair in kept(found, selection)])
-        return Split(*sides)
+            if config.balance:
+                left = selection.before_balance
+                selection = selection._replace(pairs=left, weight=np.ones(len(left)))
+            asked += [pair for _, pair in kept(found, selection)] if config.balance else sides[-1]
+        return Split(*sides), asked
 
 
 _NAMES = {Example: "a conversation", Comparison: "a comparison", Prompt: "a prompt"}

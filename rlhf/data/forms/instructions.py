@@ -38,7 +38,9 @@ def parse_pandalm(fields: Fields) -> list[Record]:
             raise Mistake("malformed", f"{annotator!r} is {verdict!r}: give 0 (tie), 1 or 2")
         ranks = {0: (1, 1), 1: (1, 2), 2: (2, 1)}[verdict]
         task = checked_text(fields.get("motivation_app") or "", "motivation_app", empty=True)
-        records.append(ranking(prompt, responses, ranks, annotator=annotator, task=task))
+        records.append(
+            ranking(prompt, responses, ranks, annotator=annotator, task=task, listed=True)
+        )
     return records
 
 
@@ -48,7 +50,7 @@ def parse_llmbar(fields: Fields) -> list[Record]:
     responses = [text_of(fields, name) for name in ("output_1", "output_2")]
     if fields["label"] not in (1, 2):
         raise Mistake("malformed", f"'label' is {fields['label']!r}: give 1 or 2")
-    return [ranking(prompt, responses, (1, 2) if fields["label"] == 1 else (2, 1))]
+    return [ranking(prompt, responses, (1, 2) if fields["label"] == 1 else (2, 1), listed=True)]
 
 
 def parse_ultrafeedback(fields: Fields) -> list[Record]:
@@ -73,7 +75,8 @@ def parse_ultrafeedback(fields: Fields) -> list[Record]:
     criteria = sorted(set().union(*ratings)) if ratings else []
     labels = {name: tuple(rated.get(name) for rated in ratings) for name in criteria}
     task = checked_text(fields.get("source") or "", "source", empty=True)
-    return [ranking(prompt, responses, [-score for score in scores], labels, task=task)]
+    ranks = [-score for score in scores]
+    return [ranking(prompt, responses, ranks, labels, task=task, listed=True)]
 
 
 def _ratings(annotations: Any) -> dict[str, float]:
@@ -98,6 +101,7 @@ PANDALM = Form(
     frozenset({"instruction", "input", "response1", "response2", *_ANNOTATORS}),
     frozenset({"idx", "motivation_app", "cmp_key"}),
     parse_pandalm,
+    identifiers=frozenset({"idx", "cmp_key"}),
 )
 LLMBAR = Form(
     "llmbar", frozenset({"input", "output_1", "output_2", "label"}), frozenset(), parse_llmbar
@@ -107,4 +111,6 @@ ULTRAFEEDBACK = Form(
     frozenset({"instruction", "completions"}),
     frozenset({"source", "models", "correct_answers", "incorrect_answers"}),
     parse_ultrafeedback,
+    identifiers=frozenset({"models"}),
+    unread=frozenset({"correct_answers", "incorrect_answers"}),
 )

@@ -6,6 +6,7 @@ from rlhf.data.forms.form import (
     Fields,
     Form,
     Record,
+    checked_number,
     checked_text,
     conversation,
     list_of,
@@ -13,10 +14,20 @@ from rlhf.data.forms.form import (
     text_of,
 )
 from rlhf.data.mistakes import Mistake
-from rlhf.data.records import Comparison, Example, Messages, Preference, Prompt, user_turn
+from rlhf.data.pairs import preference_of
+from rlhf.data.records import (
+    Comparison,
+    Example,
+    Labels,
+    Messages,
+    Preference,
+    Prompt,
+    user_turn,
+)
 
-ANY = frozenset({"task", "id"})  # of every kind of line; an id is the user's own
-COMPARED = ANY | {"labels", "annotator"}
+ID = frozenset({"id"})  # the user's own
+ANY = frozenset({"task"}) | ID  # of every kind of line
+COMPARED = ANY | {"labels", "annotator", "weight"}
 
 
 def _prompt(fields: Fields) -> Messages:
@@ -30,20 +41,31 @@ def _prompt(fields: Fields) -> Messages:
 
 def parse_prompt(fields: Fields) -> list[Record]:
     """A line {"prompt"}."""
-    return [Prompt(_prompt(fields))]
+    return [Prompt(_prompt(fields), _name(fields, "task"))]
 
 
 def parse_example(fields: Fields) -> list[Record]:
     """A line {"prompt", "response"}."""
-    return [Example(_prompt(fields), text_of(fields, "response"))]
+    return [Example(_prompt(fields), text_of(fields, "response"), _name(fields, "task"))]
 
 
 def parse_pair(fields: Fields) -> list[Record]:
-    """A line {"prompt", "chosen", "rejected"}."""
+    """A line {"prompt", "chosen", "rejected"}; labels stand in this order, whichever `chosen_first` says."""
     both = [text_of(fields, name) for name in ("chosen", "rejected")]
     if both[0] == both[1]:
         raise Mistake("equal", "chosen and rejected are the same text")
-    return [_ranking(fields, both, [1, 2])]
+    first = fields.get("chosen_first")
+    if not isinstance(first, bool | None):
+        raise Mistake("malformed", f"'chosen_first' is {str(first)[:40]}: give true or false")
+    found = _ranking(fields, both, [1, 2], first is not None)
+    if first is False:
+        labels = {name: marks[::-1] for name, marks in found.labels.items()}
+        responses, ranks = found.responses[::-1], found.ranks[::-1]
+        found = found._replace(responses=responses, ranks=ranks, labels=labels)
+    strength = fields.get("strength")
+    if strength is not None:
+        found = found._replace(strength=checked_number(strength, "strength"))
+    return [found]
 
 
 def parse_ranking(fields: Fields) -> list[Record]:
@@ -52,15 +74,28 @@ def parse_ranking(fields: Fields) -> list[Record]:
     ranks = list_of(fields, "ranks") if "ranks" in fields else list(range(1, len(responses) + 1))
     if not all(isinstance(rank, int) and not isinstance(rank, bool) for rank in ranks):
         raise Mistake("malformed", "'ranks' are not whole numbers: 1 is the best")
-    return [_ranking(fields, responses, ranks)]
+    return [_ranking(fields, responses, ranks, "ranks" in fields)]
 
 
-def _ranking(fields: Fields, responses: list[Any], ranks: list[int]) -> Record:
-    annotator, task = (
-        checked_text(fields.get(name, ""), name, True) for name in ("annotator", "task")
-    )
+def _ranking(fields: Fields, responses: list[Any], ranks: list[int], listed: bool) -> Comparison:
     labels = _labels(fields.get("labels", {}), len(responses))
-    return ranking(_prompt(fields), responses, ranks, labels, annotator, task)
+    weight = fields.get("weight")
+    if weight is not None and not checked_number(weight, "weight") > 0:
+        raise Mistake("malformed", f"'weight' is {weight}: give a positive number")
+    return ranking(
+        _prompt(fields),
+        responses,
+        ranks,
+        labels,
+        _name(fields, "annotator"),
+        _name(fields, "task"),
+        weight,
+        listed=listed,
+    )
+
+
+def _name(fields: Fields, name: str) -> str:
+    return checked_text(fields.get(name, ""), name, True)
 
 
 def _labels(value: Any, count: int) -> dict[str, tuple[float | None, ...]]:
@@ -75,49 +110,60 @@ def _labels(value: Any, count: int) -> dict[str, tuple[float | None, ...]]:
             raise Mistake(
                 "malformed", f"'labels' need a number (or null) a response: {criterion!r}"
             )
+        for number in numbers:
+            if number is not None:
+                checked_number(number, f"labels.{criterion}")
     return {criterion: tuple(numbers) for criterion, numbers in value.items()}
 
 
 PAIR = Form(
     "pair",
     frozenset({"prompt", "chosen", "rejected"}),
-    COMPARED | {"weight", "chosen_first"},
+    COMPARED | {"chosen_first", "strength"},
     parse_pair,
+    identifiers=ID,
 )
-RANKING = Form("ranking", frozenset({"prompt", "responses"}), COMPARED | {"ranks"}, parse_ranking)
-EXAMPLE = Form("example", frozenset({"prompt", "response"}), ANY, parse_example)
-PROMPT = Form("prompt", frozenset({"prompt"}), ANY, parse_prompt)
+RANKING = Form(
+    "ranking",
+    frozenset({"prompt", "responses"}),
+    COMPARED | {"ranks"},
+    parse_ranking,
+    identifiers=ID,
+)
+EXAMPLE = Form("example", frozenset({"prompt", "response"}), ANY, parse_example, identifiers=ID)
+PROMPT = Form("prompt", frozenset({"prompt"}), ANY, parse_prompt, identifiers=ID)
 
 
 def line_of(record: Record) -> dict[str, Any]:
-    """The line that says what a record says; what is empty is left out."""
+    """The line that says what a record says; what is empty is left out.
+
+    A comparison of two becomes a pair, unless they tie. Ranks are left out where the responses stand best first
+    because of them: written, they would say that the data lists them so.
+    """
     prompt = _shortest(record.prompt)
     if isinstance(record, Example):
-        return {"prompt": prompt, "response": record.response}
+        return {"prompt": prompt, "response": record.response, **_said(record)}
     if isinstance(record, Prompt):
-        return {"prompt": prompt}
+        return {"prompt": prompt, **_said(record)}
+    if len(record.ranks) == 2 and record.ranks[0] != record.ranks[1]:
+        chosen, rejected = (record.ranks.index(rank) for rank in (1, 2))
+        return pair_line(preference_of(record, chosen, rejected, 1.0), record.weight)
+    places = list(range(1, len(record.ranks) + 1))
     return {
         "prompt": prompt,
         "responses": list(record.responses),
-        "ranks": list(record.ranks),
-        **_said(record.annotator, record.task),
-        **({"labels": {k: list(v) for k, v in record.labels.items()}} if record.labels else {}),
+        **({"ranks": ranks} if (ranks := list(record.ranks)) != places or record.listed else {}),
+        **_said(record),
+        **_given(weight=record.weight, labels=_lists(record.labels)),
     }
 
 
-def pair_line(comparison: Comparison, pair: Preference) -> dict[str, Any]:
-    """The line of one pair of a comparison."""
-    indices = [comparison.responses.index(text) for text in (pair.chosen, pair.rejected)]
-    labels = {name: [marks[i] for i in indices] for name, marks in comparison.labels.items()}
-    return {
-        "prompt": _shortest(pair.prompt),
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
-        "weight": pair.weight,
-        "chosen_first": pair.chosen_first,
-        **_said(pair.annotator, pair.task),
-        **({"labels": labels} if labels else {}),
-    }
+def pair_line(pair: Preference, weight: float | None) -> dict[str, Any]:
+    """The line of a pair; `weight` is what it states, None: nothing."""
+    said = _given(weight=weight, chosen_first=pair.chosen_first, strength=pair.strength)
+    texts = {"chosen": pair.chosen, "rejected": pair.rejected}
+    labels = _given(labels=_lists(pair.labels))
+    return {"prompt": _shortest(pair.prompt), **texts, **said, **_said(pair), **labels}
 
 
 def _shortest(prompt: Messages) -> Any:
@@ -127,5 +173,14 @@ def _shortest(prompt: Messages) -> Any:
     return list(prompt)
 
 
-def _said(annotator: str, task: str) -> dict[str, str]:
-    return {name: said for name, said in (("annotator", annotator), ("task", task)) if said}
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _lists(labels: Labels) -> dict[str, list[float | None]] | None:
+    return {name: list(marks) for name, marks in labels.items()} or None
+
+
+def _said(record: Record | Preference) -> dict[str, str]:
+    names = ("task",) if isinstance(record, Example | Prompt) else ("annotator", "task")
+    return {name: said for name in names if (said := getattr(record, name))}

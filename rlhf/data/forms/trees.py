@@ -25,7 +25,8 @@ def _rankings(node: Any, before: list[dict[str, str]]) -> Iterator[Record]:
     if node["role"] == "prompter" and len(ranked) > 1:
         lang = str(node.get("lang") or "")
         texts = [reply.get("text") for reply in ranked]
-        yield ranking(conversation(talk), texts, [reply["rank"] for reply in ranked], task=lang)
+        ranks = [reply["rank"] for reply in ranked]
+        yield ranking(conversation(talk), texts, ranks, task=lang, listed=True)
     for reply in replies:
         yield from _rankings(reply, talk)
 
@@ -35,4 +36,6 @@ TREE = Form(
     frozenset({"message_tree_id", "prompt"}),
     frozenset({"tree_state", "origin"}),
     parse_tree,
+    identifiers=frozenset({"message_tree_id"}),
+    unread=frozenset({"tree_state", "origin"}),
 )

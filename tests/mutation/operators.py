@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from tests.mutation.tables import (
     BINARY,
     COMPARISONS,
+    DEFAULT_AXES,
     LIBRARIES,
     PLACEMENT_CALLS,
     PLACEMENT_KEYWORDS,
@@ -315,7 +316,8 @@ class _Visitor(ast.NodeVisitor):
             self.visit(argument)
         for keyword in node.keywords:
             if keyword.arg not in PLACEMENT_KEYWORDS:
-                self._drop(keyword)
+                if (keyword.arg, name) not in DEFAULT_AXES:
+                    self._drop(keyword)
                 self.visit(keyword.value)
         if isinstance(node.func, ast.Attribute):
             self.visit(node.func.value)

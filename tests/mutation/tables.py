@@ -62,3 +62,4 @@ PLACEMENT_KEYWORDS = frozenset(
     {"out_sharding", "in_specs", "out_specs", "check_vma", "spmd_axis_name", "prevent_cse"}
     | {"donate_argnums", "static_argnums", "static_argnames", "compiler_options"}
 )
+DEFAULT_AXES = {("axis", "softmax"), ("axis", "log_softmax")}  # the last, where none is given

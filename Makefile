@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint sentinel clean
+.PHONY: demo test test-all lint mutants sentinel clean
 
 demo: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/glm-jax run configs/demo.py
@@ -20,6 +20,10 @@ lint: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+# hours the first time; later only what has changed. Afterwards single modules: python -m tests.mutation rlhf/kl
+mutants: .venv/.installed
+	$(BIN)/python -m tests.mutation
+
 # the TPU compiler lies in a folder of its own: where it is installed, JAX looks for TPUs
 sentinel: .venv/.installed .libtpu/.installed
 	JAX_PLATFORMS=cpu PYTHONPATH=.libtpu $(BIN)/python benchmarks/sentinel.py
@@ -36,4 +40,4 @@ sentinel: .venv/.installed .libtpu/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .libtpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .libtpu .mutants build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

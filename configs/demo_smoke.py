@@ -19,6 +19,7 @@ config = dataclasses.replace(
     reward=dataclasses.replace(demo.reward, steps=3),
     max_prompts=64,
     ppo=dataclasses.replace(demo.ppo, iterations=2),
-    dpo=dataclasses.replace(demo.dpo, prompts=64, samples=2, steps=3),
+    # three updates do not teach to stop: without answers that were cut off no pair would be left
+    dpo=dataclasses.replace(demo.dpo, prompts=64, samples=2, steps=3, truncated="keep"),
     evaluate=dataclasses.replace(demo.evaluate, num_prompts=64),
 )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from glm_jax.batch import Pairs, Prompts, Sequences
 from glm_jax.generate import Generation, SamplingConfig
@@ -30,6 +30,7 @@ from glm_jax.train import (
     num_tokens,
     train,
 )
+from rlhf.advantages import TIE
 from rlhf.losses import dpo_loss, ipo_loss
 from rlhf.reward import interleave
 from rlhf.rollout import require_scores, with_stop
@@ -44,6 +45,10 @@ class DPOConfig:
 
     prompts: int = 1024  # training prompts that answers are drawn for
     samples: int = 4  # answers a prompt, of which the best and the worst make a pair
+    # answers cut off at max_new_tokens. keep: as any other; penalty: `truncation_penalty` off their score; reject: they
+    # may be the rejected answer of a pair, never the preferred one; mask: neither. Not in the paper
+    truncated: Literal["keep", "penalty", "reject", "mask"] = "reject"
+    truncation_penalty: float = 1.0
     steps: int = 200
     batch_size: int = 64  # pairs an update
     # dpo: as in the paper; ipo: a squared loss that draws the gap of log-ratios to 1 / (2 beta)
@@ -119,14 +124,40 @@ def dpo_update(
     return make_update(partial(pair_loss, config=config, layout=layout), counts, optimizer, layout)
 
 
-def best_and_worst(answers: Sequences, scores: np.ndarray, logp: np.ndarray) -> LabelledPairs:
-    """Of K answers to each of B prompts the best-scored as chosen and the worst as rejected; host arrays.
+def candidates(
+    scores: Float[np.ndarray, "P K"], ended: Bool[np.ndarray, "P K"], config: DPOConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the answers as preferred ones and as rejected ones; an answer that may not be one is -inf or inf there.
 
-    `answers` are [B * K, ...], those of one prompt side by side; `scores` and the reference log-probabilities `logp`
-    are [B, K]. Rows whose scores are all equal say nothing and are dropped.
+    `ended` is False where an answer was cut off: `config.truncated` says what becomes of it.
     """
-    rows = np.flatnonzero(scores.max(axis=1) > scores.min(axis=1))
-    best, worst = scores.argmax(axis=1)[rows], scores.argmin(axis=1)[rows]
+    best, worst = scores.astype(np.float64), scores.astype(np.float64)
+    if config.truncated == "penalty":
+        best = worst = best - np.where(ended, 0.0, config.truncation_penalty)
+    if config.truncated in ("reject", "mask"):
+        best = np.where(ended, best, -np.inf)
+    if config.truncated == "mask":
+        worst = np.where(ended, worst, np.inf)
+    return best, worst
+
+
+def best_and_worst(
+    answers: Sequences,
+    scores: Float[np.ndarray, "P K"],
+    ended: Bool[np.ndarray, "P K"],
+    logp: Float[np.ndarray, "P K"],
+    config: DPOConfig,
+) -> LabelledPairs:
+    """Pair the best of each prompt's K answers with the worst; host arrays.
+
+    `answers` are [P K, T], those of the first prompt first; `logp` are the reference log-probabilities. A prompt
+    without two candidates whose scores differ by more than rounding (`TIE`) says nothing and is dropped.
+    """
+    as_best, as_worst = candidates(scores, ended, config)
+    highest, lowest = as_best.max(axis=1), as_worst.min(axis=1)
+    size = np.maximum(1.0, np.abs(scores).max(axis=1, initial=0.0))
+    rows = np.flatnonzero(highest > lowest + TIE * size)
+    best, worst = as_best.argmax(axis=1)[rows], as_worst.argmin(axis=1)[rows]
     places = [rows * scores.shape[1] + k for k in (best, worst)]
     chosen, rejected = (Sequences(*(x[place] for x in answers)) for place in places)
     return LabelledPairs(
@@ -160,23 +191,28 @@ def sample_pairs(
         return score, answer_logprobs(policy, sequences, layout)
 
     collected: list[LabelledPairs] = []
+    cut_off = total = 0
     for number, batch in enumerate(prompts):
         stream = jax.random.fold_in(key, number)
         drawn = sample(policy, layout.put(batch), stream, config.samples)
-        labels = fetch(label(policy, reward, drawn))
-        scores, logp = (x.reshape(-1, config.samples) for x in labels)
+        labels = fetch((*label(policy, reward, drawn), drawn.ended))
+        scores, logp, ended = (x.reshape(-1, config.samples) for x in labels)
         row = np.asarray(batch.row)
         real = row >= 0
         require_scores(scores[real], row[real], "the policy")
-        scores = np.where(real[:, None], scores, 0.0)  # rows that fill the batch drop out
-        collected.append(best_and_worst(fetch(drawn.sequences), scores, logp))
+        # rows that fill the batch drop out: all their answers are alike
+        scores, ended = np.where(real[:, None], scores, 0.0), ended | ~real[:, None]
+        collected.append(best_and_worst(fetch(drawn.sequences), scores, ended, logp, config))
+        cut_off, total = cut_off + int(np.sum(~ended[real])), total + ended[real].size
         spread = float(np.mean(np.ptp(scores[real], axis=1)))
         tokens = int(num_tokens(drawn.sequences))
-        report(number + 1, {"score": float(np.mean(scores[real])), "spread": spread}, tokens)
+        metrics = {"score": float(np.mean(scores[real])), "spread": spread}
+        report(number + 1, {**metrics, "ended": float(np.mean(ended[real]))}, tokens)
     pairs: LabelledPairs = jax.tree.map(lambda *x: np.concatenate(x), *collected)
     if not len(pairs.ref_logp):
         raise UserError(
-            "dpo: every prompt's answers score alike, no pair is left: raise dpo.samples or temperature"
+            f"dpo: no pair is left: no prompt has two answers that score differently, {cut_off} of {total} answers are "
+            f"cut off (dpo.truncated = {config.truncated}): raise dpo.samples, temperature or max_new_tokens"
         )
     return pairs
 

@@ -14,7 +14,7 @@ from glm_jax.loss import token_kl, token_logprobs
 from glm_jax.metrics import finished
 from glm_jax.model import init_trunk
 from glm_jax.scalar import apply_scalar, last_token, scalar_model, sequence_scores
-from rlhf.dpo import best_and_worst, dpo_loss
+from rlhf.dpo import DPOConfig, best_and_worst, dpo_loss
 from rlhf.evaluate import distinct_n, win_tie_lose
 from rlhf.reward import interleave, pair_scores, reward_loss, total_weight
 from sharding.layout import Layout
@@ -127,7 +127,7 @@ def test_best_and_worst_answers_become_a_pair() -> None:
     ids = np.repeat((10 * sample + prompt).reshape(-1, 1), 5, axis=1)
     answers = Sequences(ids, np.ones((12, 5), bool), np.ones((12, 5), bool))
     scores = np.array([[0.1, 0.9, -0.2, 0.0], [0.5, 0.5, 0.5, 0.5], [0.2, -0.3, 0.0, 0.1]])
-    labelled = best_and_worst(answers, scores, 100 * scores)
+    labelled = best_and_worst(answers, scores, scores < 1, 100 * scores, DPOConfig())
     assert labelled.pairs.chosen.ids[:, 0].tolist() == [10, 2]  # row 1 says nothing and drops out
     assert labelled.pairs.rejected.ids[:, 0].tolist() == [20, 12]
     np.testing.assert_allclose(labelled.ref_logp, [[90, -20], [20, -30]])

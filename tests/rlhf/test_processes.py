@@ -206,7 +206,13 @@ config = Recipe(
     reward=RewardConfig(steps=3, batch_size=8),
     ppo=PPOConfig(iterations=2, batch_size=16, sft_batch_size=8, sampling=sampling),
     dpo=DPOConfig(
-        prompts=32, samples=2, steps=3, batch_size=8, sft_batch_size=8, sampling=sampling
+        prompts=32,
+        samples=2,
+        steps=3,
+        batch_size=8,
+        sft_batch_size=8,
+        sampling=sampling,
+        truncated="keep",
     ),
     evaluate=EvaluateConfig(num_prompts=16, batch_size=16),
 )

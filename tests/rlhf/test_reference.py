@@ -175,7 +175,7 @@ def test_what_prompts_are_answered_together_does_not_depend_on_the_layout() -> N
 def test_pairs_are_the_best_and_the_worst_of_a_prompts_own_answers(
     small: SmallPPO, poison: float
 ) -> None:
-    table, config = prompts(CONFIG, "pairs", 5), DPOConfig(samples=3)
+    table, config = prompts(CONFIG, "pairs", 5), DPOConfig(samples=3, truncated="keep")
     reward = jax.tree.map(lambda x: x * poison, small.models.reward)
     batches = prompt_batches(table, 9, 3, small.iterate.sample)  # 3 prompts, then 2 and padding
     told: list[Mapping[str, float]] = []

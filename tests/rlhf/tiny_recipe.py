@@ -38,7 +38,13 @@ config = Recipe(
         critic=OptimConfig(learning_rate=1e-3),
     ),
     dpo=DPOConfig(
-        prompts=24, samples=2, steps=6, batch_size=8, sft_batch_size=8, sampling=sampling
+        prompts=24,
+        samples=2,
+        steps=6,
+        batch_size=8,
+        sft_batch_size=8,
+        sampling=sampling,
+        truncated="keep",
     ),
     evaluate=EvaluateConfig(judge="oracle", num_prompts=6, batch_size=8, num_samples=2),
 )

@@ -94,7 +94,7 @@ class Doctor:
         for name, examine in OF_UPDATE.items():
             self._note(name, examine(evidence, learnt))
         self._conclude()
-        return iterate.concluded(learners, rolled_out, updates)
+        return iterate.concluded(learners, rolled_out, updates, actor_learns)
 
     def _note(self, name: str, finding: Finding) -> None:
         known = self.findings.get(name)

@@ -117,12 +117,12 @@ def run_ours(work: Work) -> None:
 
     from glm_jax.batch import Prompts, Sequences
     from glm_jax.model import init_model
-    from glm_jax.optim import make_optimizer
     from glm_jax.sampler import Sampler
     from glm_jax.scalar import init_scalar
     from glm_jax.train import init_state
     from rlhf.ppo import Models
     from rlhf.ppo_iteration import Inputs, Learners, make_iteration
+    from rlhf.ppo_loop import make_optimizers
     from sharding.layout import Layout
 
     recipe, layout, tally = demo(), Layout(), Tally()
@@ -138,8 +138,7 @@ def run_ours(work: Work) -> None:
         keys = jax.random.split(jax.random.key(0), 3)
         sft = language_model(keys[0])
         models = Models(actor=sft, critic=scalar(keys[1]), reference=sft, reward=scalar(keys[2]))
-        updates = config.iterations * config.epochs * config.minibatches
-        actor, critic = (make_optimizer(x, updates) for x in (config.actor, config.critic))
+        actor, critic = make_optimizers(config)
         sample = Sampler(recipe.model, config.sampling, (work.vocab_size,), layout)
         iterate = make_iteration(config, (actor, critic), sample, stop_id=2, layout=layout)
         assert models.critic is not None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,16 +73,32 @@ def decayed(params: nnx.Module) -> nnx.Module:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def make_optimizer(config: OptimConfig, num_updates: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019) on the schedule of `learning_rate`."""
+def make_optimizer(config: OptimConfig, num_updates: int) -> optax.GradientTransformationExtraArgs:
+    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019) on the schedule of `learning_rate`.
+
+    Its update takes `step`, the position in the schedule. The moments count the gradients they have seen, which may be
+    fewer: updates that are left out or skipped move the schedule on all the same.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, num_updates),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        _descend(learning_rate(config, num_updates)),
     )
+
+
+def _descend(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Scale by minus the learning rate at position `step`; no state."""
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        step: ArrayLike,
+        **_: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        rate = schedule(step)
+        return jax.tree.map(lambda x: -rate * x, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)

@@ -34,7 +34,7 @@ Look = Callable[[int, Any], Mapping[str, float]]  # (step, model) -> more metric
 class TrainState:
     """What an update step consumes and returns."""
 
-    step: Any  # int32 scalar, updates done
+    step: Any  # int32 scalar, position in the schedule: updates done, left out or skipped
     model: Any
     opt_state: Any
 
@@ -55,7 +55,8 @@ def apply_gradients(
     state: TrainState, grads: nnx.Module, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state after one optimizer step along `grads`."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+    update = optax.with_extra_args_support(optimizer).update
+    updates, opt_state = update(grads, state.opt_state, state.model, step=state.step)
     return TrainState(state.step + 1, optax.apply_updates(state.model, updates), opt_state)
 
 
@@ -69,7 +70,7 @@ def make_update(
     """The jitted update (state, batch) -> (state, metrics) on the current mesh; the state is donated.
 
     Where the gradient is not finite the weights and the optimizer come back as they were: NaN never reaches them
-    (`require_finite`). The step counts all the same.
+    (`require_finite`). The step counts all the same, so the learning rate moves on.
 
     Args:
         loss_fn: of some rows of a batch their share of its loss, so that the shares of all rows add up.
@@ -103,6 +104,11 @@ def make_update(
 def _kept_if(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
     kept: TrainState = jax.tree.map(lambda x, before: jnp.where(good, x, before), new, old)
     return dataclasses.replace(kept, step=new.step)
+
+
+def skip_updates(state: TrainState, count: int) -> TrainState:
+    """Move the schedule past `count` updates that are not made; weights and moments stay."""
+    return dataclasses.replace(state, step=state.step + count) if count else state
 
 
 def require_finite(metrics: Mapping[str, float], where: str) -> None:

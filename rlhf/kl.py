@@ -24,9 +24,8 @@ class KLConfig:
     coef: float = 0.005  # beta, per token; with a target, where it starts. Not in the paper
     # "reward": k1 at every token, as in the paper; "loss": k3 in the actor's loss, as in GRPO. Not in the paper
     place: Literal["reward", "loss"] = "reward"
-    target: float | None = (
-        None  # nats/token that the coefficient adapts to; None: it stays. Not in the paper
-    )
+    # nats/token that the coefficient adapts to while the actor learns; None: fixed. Not in the paper
+    target: float | None = None
     horizon: int = 10_000  # answers over which it adapts; not in the paper
     # log-ratios in the reward are clamped to +- this; None: not. Not in the paper (0.5 in its later code)
     log_ratio_clip: float | None = None

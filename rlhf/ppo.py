@@ -104,6 +104,11 @@ class PPOConfig:
                 f"ppo.critic_warmup = {self.critic_warmup} is for a critic, which ppo.advantage = {self.advantage} "
                 f"does not have: set it to 0"
             )
+        if self.critic_warmup >= self.iterations > 0:
+            raise UserError(
+                f"ppo.critic_warmup = {self.critic_warmup} leaves none of ppo.iterations = {self.iterations} in which "
+                f"the actor learns: lower it, or raise ppo.iterations"
+            )
         layout.check_batch(self.batch_size // self.minibatches, "ppo.batch_size / ppo.minibatches")
         prompts = self.batch_size // self.samples
         for split in (layout, generation):

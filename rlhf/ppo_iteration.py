@@ -20,6 +20,7 @@ from glm_jax.train import (
     Update,
     num_tokens,
     require_finite,
+    skip_updates,
     to_host,
 )
 from rlhf.kl import adapted
@@ -147,7 +148,7 @@ class Iteration:
         learners, updates = self.learn(
             learners, midway, sft_batches, shuffle_key, actor_learns, listener
         )
-        return self.concluded(learners, midway.rolled_out, updates)
+        return self.concluded(learners, midway.rolled_out, updates, actor_learns)
 
     def roll_out(
         self, learners: Learners, models: Models, inputs: Inputs, key: jax.Array
@@ -181,7 +182,10 @@ class Iteration:
         actor_learns: bool,
         listener: Listener = UNHEARD,
     ) -> tuple[Learners, Updates]:
-        """Epochs of minibatch updates, or fewer where the policy has gone far enough; those of `midway` are done."""
+        """Epochs of minibatch updates, or fewer where the policy has gone far enough; those of `midway` are done.
+
+        The schedules of those that learn move past the updates that are not made.
+        """
         rolled_out, done = midway
         updates = list(done)
         for number, index in enumerate(minibatches(key, self.config)):
@@ -199,7 +203,13 @@ class Iteration:
             )
             updates.append(metrics)
             listener.midway(learners, Midway(rolled_out, updates))
-        return learners, updates
+        actor, critic, kl_coef = learners
+        cut = self.config.epochs * self.config.minibatches - len(updates)
+        if actor_learns:
+            actor = skip_updates(actor, cut)
+        if critic is not None:
+            critic = skip_updates(critic, cut)
+        return Learners(actor, critic, kl_coef), updates
 
     def _update(
         self,
@@ -239,9 +249,12 @@ class Iteration:
         return limit is not None and float(metrics.get("approx_kl", 0.0)) > limit
 
     def concluded(
-        self, learners: Learners, rolled_out: RolledOut, updates: Updates
+        self, learners: Learners, rolled_out: RolledOut, updates: Updates, actor_learns: bool
     ) -> tuple[Learners, dict[str, float], int]:
-        """What the iteration returns: figures are means over its updates, the KL coefficient is adapted."""
+        """What the iteration returns: figures are means over its updates, the KL coefficient is adapted.
+
+        The coefficient stays where the actor does not learn: it could not answer to it.
+        """
         by_name: dict[str, list[jax.Array]] = {}
         for metrics in updates:
             for name, value in metrics.items():
@@ -260,8 +273,10 @@ class Iteration:
         figures |= {"kl_coef": learners.kl_coef, "updates": float(len(updates))}
         if skipped:
             figures["skipped"] = float(skipped)
-        coef = adapted(learners.kl_coef, figures["kl"], self.config.kl, self.config.batch_size)
-        return learners._replace(kl_coef=coef), figures, rolled_out.tokens
+        if actor_learns:
+            coef = adapted(learners.kl_coef, figures["kl"], self.config.kl, self.config.batch_size)
+            learners = learners._replace(kl_coef=coef)
+        return learners, figures, rolled_out.tokens
 
 
 def current_models(models: Models, learners: Learners) -> Models:

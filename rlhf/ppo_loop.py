@@ -31,6 +31,8 @@ from rlhf.ppo_iteration import (
 )
 from sharding.layout import Layout
 
+Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
+
 
 def train_ppo(
     models: Models,
@@ -54,8 +56,7 @@ def train_ppo(
     it may leave updates out whose gradient is not finite, which are numbered through all iterations.
     """
     config.check(layout, sample.generation)
-    updates = config.iterations * config.epochs * config.minibatches
-    optimizers = (make_optimizer(config.actor, updates), make_optimizer(config.critic, updates))
+    optimizers = make_optimizers(config)
     iterate = make_iteration(config, optimizers, sample, stop_id, layout, measure)
     watch = None if watched is None else watched(iterate)
     saves = _Saves(keeper, iterate, models, optimizers)
@@ -100,6 +101,13 @@ class Watch(Protocol):
         """Run iteration `number` as `Iteration` does."""
 
 
+def make_optimizers(config: PPOConfig) -> Optimizers:
+    """The optimizers of actor and critic, whose schedules span the iterations in which each learns."""
+    updates = config.epochs * config.minibatches
+    actor = make_optimizer(config.actor, (config.iterations - config.critic_warmup) * updates)
+    return actor, make_optimizer(config.critic, config.iterations * updates)
+
+
 class _Skipping(Listener):
     """Says whether to leave updates of iteration `number` out."""
 
@@ -126,7 +134,7 @@ class _Saves:
         keeper: Keeper,
         iterate: Iteration,
         models: Models,
-        optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
+        optimizers: Optimizers,
     ) -> None:
         self._keeper = keeper
         self._iterate = iterate

@@ -146,10 +146,7 @@ class Doctor:
             carried = {
                 role: before[f"{role} state"] == left[f"{role} state"] for role in _roles(before)
             }
-        done: dict[str, int | None] = {"critic": (number - 1) * each}
-        done["actor"] = max(0, number - 1 - config.critic_warmup) * each
-        if config.stop_kl is not None and number > 1:
-            done = {"critic": None, "actor": None}
+        actor_before = max(0, number - 1 - config.critic_warmup) * each
         start, last = self._start, recorder.last
         return Learnt(
             actor_learns=actor_learns,
@@ -157,7 +154,7 @@ class Doctor:
             changed={role: after[role] != before[role] for role in _roles(before)},
             carried=carried,
             returned={role: after[f"{role} state"] == x for role, x in last.items()},
-            done=done,
+            done={"critic": (number - 1) * each, "actor": actor_before},
             kl_coef=kl_coef,
             orders=tuple(self._orders),
         )
@@ -229,7 +226,7 @@ def _prints(models: Models, learners: Learners) -> dict[str, Print]:
     }
     for role in ("actor", "critic"):
         if (state := getattr(learners, role)) is not None:
-            found[f"{role} state"] = print_of(state)
+            found[f"{role} state"] = print_of((state.model, state.opt_state))
     return found
 
 

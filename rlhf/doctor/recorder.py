@@ -74,7 +74,7 @@ class Recorder:
         seen: what `experience_of` was given: models, answers, baseline, KL coefficient.
         updates: all updates in order.
         probes: one of each role that learns, if `probing`.
-        last: role -> fingerprint of its state after its last update.
+        last: role -> fingerprint of its weights and optimizer after its last update.
     """
 
     def __init__(self, iterate: Iteration, losses: "Losses", probing: bool) -> None:
@@ -133,7 +133,7 @@ class Recorder:
                 None if sft is None else fetch(sft),
             )
         )
-        self.last[role] = fingerprint(state)
+        self.last[role] = fingerprint((state.model, state.opt_state))
         return state, metrics
 
     def _probe(self, role: str, state: TrainState, batch: Any, far: bool) -> None:

@@ -26,7 +26,7 @@ class Learnt(NamedTuple):
     changed: Mapping[str, bool]  # a model that learns is another than before its updates
     carried: Mapping[str, bool]  # a learner came as the iteration before had left it
     returned: Mapping[str, bool]  # a learner is returned as its last update left it
-    done: Mapping[str, int | None]  # updates of each role before this iteration; None: not known
+    done: Mapping[str, int]  # position in each role's schedule before this iteration
     kl_coef: float  # of the next iteration
     orders: tuple[np.ndarray, ...]  # of rows, in iterations looked at before
 
@@ -298,17 +298,15 @@ def optimizer(e: Evidence, learnt: Learnt) -> Finding:
         for i, x in enumerate(updates):
             if not _sound(x):
                 continue
-            found.append(
-                _followed(e, x, f"update {i + 1} of the {role}", None if done is None else done + i)
-            )
+            found.append(_followed(e, x, f"update {i + 1} of the {role}", done + i))
     return first_failure(found or [Finding("skip", "no update")])
 
 
-def _followed(e: Evidence, x: Updated, where: str, done: int | None) -> Finding:
-    """`done`: updates of the role before this one, where that is known."""
+def _followed(e: Evidence, x: Updated, where: str, done: int) -> Finding:
+    """`done`: position in the role's schedule before this update."""
     config = e.setting.config
     optim = _optim(e, x.role)
-    if done is not None and x.before.step != done:
+    if x.before.step != done:
         return Finding(
             "fail",
             f"{where} is number {x.before.step + 1} of its state, and should be {done + 1}",
@@ -320,7 +318,7 @@ def _followed(e: Evidence, x: Updated, where: str, done: int | None) -> Finding:
     iterations = config.iterations - (config.critic_warmup if x.role == "actor" else 0)
     total = max(1, iterations * config.epochs * config.minibatches)
     number = min(x.after.counts)
-    rate = learning_rate(optim, number, total) if e.setting.scheduled else optim.learning_rate
+    rate = learning_rate(optim, done + 1, total) if e.setting.scheduled else optim.learning_rate
     followed = follow(x.before, x.after, optim, rate, number)
     if not e.setting.scheduled:
         rate *= followed.rate

@@ -8,7 +8,6 @@ import numpy as np
 from glm_jax.batch import Prompts
 from glm_jax.checkpoint import load_model, load_scalar
 from glm_jax.model import CausalLM
-from glm_jax.optim import make_optimizer
 from glm_jax.scalar import ScalarModel, scalar_model
 from glm_jax.train import init_state
 from rlhf.data.batches import shuffled
@@ -16,6 +15,7 @@ from rlhf.doctor.doctor import Doctor, setting_of
 from rlhf.doctor.finding import Finding
 from rlhf.ppo import Models
 from rlhf.ppo_iteration import Inputs, Learners, make_iteration
+from rlhf.ppo_loop import make_optimizers
 from rlhf.ppo_run import PPORun
 from rlhf.recipe import Recipe, check
 from rlhf.reference import draw_references
@@ -50,11 +50,10 @@ class _Visit(PPORun):
             sft, sft_trained = self.sft_model()
             reward, reward_trained = self.scorer(sft)
         self.samplers = self.make_samplers(sft.trunk.config)
-        updates = config.iterations * config.epochs * config.minibatches
-        optimizers = tuple(make_optimizer(x, updates) for x in (config.actor, config.critic))
+        optimizers = make_optimizers(config)
         iterate = make_iteration(
             config,
-            (optimizers[0], optimizers[1]),
+            optimizers,
             self.samplers["ppo"],
             self.tokenizer.eos_id,
             layout,

@@ -79,11 +79,12 @@ def remembering(optimizer: optax.GradientTransformation) -> optax.GradientTransf
     def init(params: Any) -> Remembered:
         return Remembered(optimizer.init(params), optax.tree.zeros_like(params))
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Remembered]:
-        updates, inner = optimizer.update(grads, state.inner, params)
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Remembered]:
+        inner_update = optax.with_extra_args_support(optimizer).update
+        updates, inner = inner_update(grads, state.inner, params, **extra)
         return updates, Remembered(inner, grads)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _updates(

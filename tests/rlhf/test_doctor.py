@@ -600,10 +600,8 @@ def _decay_of_norms(patch: Patch) -> None:
 
 def _eps_inside_the_root(patch: Patch) -> None:
     """sqrt(v + eps) in place of sqrt(v) + eps."""
-    adamw = optax.adamw
-    patch.setattr(
-        optax, "adamw", lambda rate, eps, **how: adamw(rate, eps=0.0, eps_root=eps, **how)
-    )
+    adam = optax.scale_by_adam
+    patch.setattr(optax, "scale_by_adam", lambda b1, b2, eps: adam(b1, b2, 0.0, eps_root=eps))
 
 
 def _no_clip_of_the_gradient(patch: Patch) -> None:

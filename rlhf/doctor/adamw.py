@@ -107,11 +107,14 @@ def follow(
         unit = ULP * (np.abs(w) + np.abs(expected)) + 1e-45
         rest = moved - expected
         steps[name] = float((np.abs(rest) / (2 * unit + 1e-4 * np.abs(expected))).max(initial=0.0))
+        # steps of several units are rounded at random; smaller ones may be rounded away altogether
+        clear = np.abs(expected) > 4 * unit
+        w, moved, expected, rest, unit = (x[clear] for x in (w, moved, expected, rest, unit))
         ratio += float((moved * expected / unit**2).sum())
         weight += float((expected**2 / unit**2).sum())
-        # what is left along the weights themselves is decay; rounding is as good as random
+        # what is left along the weights themselves is decay
         along = float((w**2 / unit**2).sum()) ** 0.5
-        if along and rate:
+        if along:
             off = float((rest * w / unit**2).sum())
             tolerated = 6 * along + 1e-3 * abs(float((expected * w / unit**2).sum()))
             decays[name] = abs(off) / tolerated

@@ -150,9 +150,15 @@ def edges(
     """
     ordered = jnp.flip(jnp.sort(z, axis=-1), axis=-1)
     lowest = highest = jnp.full_like(z[..., :1], 2 * NEVER)
+
+    def surely(least: jax.Array) -> jax.Array:
+        """The logit itself, unless another one is so near that rounding may exchange the two."""
+        near = jnp.sum(jnp.abs(ordered - least) <= edge, axis=-1, keepdims=True)
+        return jnp.where(near > 1, least + edge, least)
+
     if sampling.top_k and sampling.top_k < z.shape[-1]:
         kth = ordered[..., sampling.top_k - 1 : sampling.top_k]
-        lowest, highest = kth + edge, kth - edge
+        lowest, highest = surely(kth), kth - edge
     if sampling.top_p < 1.0:
 
         def least(among: jax.Array, mass: jax.Array) -> jax.Array:
@@ -160,8 +166,9 @@ def edges(
             reached = jnp.cumsum(p, axis=-1) - p < mass
             return jnp.min(jnp.where(reached, ordered, ordered[..., :1]), axis=-1, keepdims=True)
 
-        nucleus = least(highest, sampling.top_p - edge), least(lowest, sampling.top_p + edge)
-        lowest = jnp.maximum(lowest, nucleus[0] + edge)
+        # the fewer tokens top-k leaves, the fewer reach the same share of their probability
+        nucleus = least(lowest, sampling.top_p - edge), least(highest, sampling.top_p + edge)
+        lowest = jnp.maximum(lowest, surely(nucleus[0]))
         highest = jnp.maximum(highest, nucleus[1] - edge)
     return lowest, highest
 

@@ -49,14 +49,16 @@ def ratio(e: Evidence, learnt: Learnt) -> Finding:
     updates = _of(e, "actor")
     if not updates:
         return Finding("skip", "the actor did not learn (ppo.critic_warmup)")
-    first = updates[0].metrics
+    first, counted = updates[0].metrics, int(updates[0].rows.counts.sum())
+    if not counted:
+        return Finding("skip", "no token of the first minibatch counts (ppo.truncated)")
     advice = (
         "the update computes other log-probabilities than those it is compared with: another temperature or support "
         "(ppo.sampling), or rows that do not belong together"
     )
     what = "of the first update and 1"
     largest = math.expm1(min(e.logp_rounding.largest, 50.0))
-    mean = e.logp_rounding.of_mean(np.ones(max(1, int(updates[0].rows.counts.sum()))))
+    mean = e.logp_rounding.of_mean(np.ones(counted))
     return first_failure(
         [
             judged(abs(first["ratio_max"] - 1.0), largest, f"largest ratio {what}", advice),
@@ -394,6 +396,10 @@ def learning(e: Evidence, learnt: Learnt) -> Finding:
     """What is to learn has changed, and what is not has not."""
     ready = [role for role in learnt.changed if _of(e, role)]
     still = [role for role in ready if not learnt.changed[role]]
+    if still and all(x.own.norm == 0.0 for role in still for x in _of(e, role)):
+        seen = f"{' and '.join(still)} did not change: every gradient is 0"
+        advice = "no token counts (ppo.truncated = mask, every answer cut off), or all rewards tie"
+        return Finding("warn", seen, advice)
     idle = [role for role, new in learnt.changed.items() if new and role not in ready]
     lost = [role for role, same in learnt.returned.items() if not same]
     if idle:

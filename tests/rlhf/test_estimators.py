@@ -94,6 +94,7 @@ def test_shaped_rewards(seed: int, clip: float | None) -> None:
     assert_rows(found, expected)
 
 
+@pytest.mark.isa
 @by_seed
 @given(seeds, st.sampled_from([(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.97, 0.0)]))
 def test_gae_is_the_double_sum(seed: int, gamma_lambda: tuple[float, float]) -> None:
@@ -135,6 +136,7 @@ def test_gae_with_lambda_1_is_return_minus_value_and_with_0_one_step() -> None:
     )
 
 
+@pytest.mark.isa
 @by_seed
 @given(seeds, st.sampled_from([2, 3, 6]))
 def test_rloo_and_grpo(seed: int, samples: int) -> None:
@@ -175,6 +177,7 @@ def test_whitening_is_over_all_answer_tokens(seed: int) -> None:
     assert_rows(whitened(advantages, data.mask), expected)
 
 
+@pytest.mark.isa
 @by_seed
 @given(seeds)
 def test_policy_loss(seed: int) -> None:

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint mutants sentinel clean
+.PHONY: demo test test-isa test-all lint mutants sentinel clean
 
 demo: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/glm-jax run configs/demo.py
@@ -10,6 +10,13 @@ demo: .venv/.installed
 # a file of tests stays in one process, which compiles what its tests share once
 test: lint
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+
+# a sample of the numerical tests with fewer vector instructions, and with another number of XLA's threads (NPROC; at
+# least two for each of the eight devices, whose collectives would wait for each other)
+test-isa: .venv/.installed
+	XLA_FLAGS=--xla_cpu_max_isa=AVX2 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile -m "isa and not slow"
+	XLA_FLAGS=--xla_cpu_max_isa=SSE4_2 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile -m "isa and not slow"
+	NPROC=64 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile -m "isa and not slow"
 
 # the last -m wins: the empty one selects the tests marked slow too
 test-all: lint

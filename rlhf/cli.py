@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from rlhf import bench_cli, checkpoint_cli, data_cli, layout_cli, model_cli, plan_cli, reward_cli
+from rlhf import (
+    bench_cli,
+    certify_cli,
+    checkpoint_cli,
+    data_cli,
+    layout_cli,
+    model_cli,
+    plan_cli,
+    reward_cli,
+)
 from rlhf.recipe_file import load_recipe, override
 from sharding.disk.paths import absolute_paths
 from sharding.errors import LostPeers, UserError
@@ -109,6 +118,7 @@ def _commands(options: list[str]) -> tyro.extras.SubcommandApp:
         return partial(replay_fault, recipe, fault, options)
 
     model_cli.add_commands(app)
+    certify_cli.add_commands(app)
     layout_cli.add_commands(app)
     bench_cli.add_commands(app)
     plan_cli.add_commands(app)

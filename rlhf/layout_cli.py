@@ -1,10 +1,7 @@
-"""The commands of `glm-jax` that concern layouts: certify and explain."""
+"""The command `glm-jax explain`, and layouts and presets by name."""
 
 import dataclasses
-import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,36 +13,13 @@ from sharding.errors import UserError
 if TYPE_CHECKING:  # slow to import, and --help has no use for them
     from glm_jax.config import Config
     from glm_jax.explain import Explanation, Placed
-    from rlhf.certify import Row
     from sharding.layout import Layout
 
 Job = Callable[[], int | None]
 
 
 def add_commands(app: tyro.extras.SubcommandApp) -> None:
-    """Add the commands; their docstrings are what --help prints."""
-
-    @app.command
-    def certify(
-        layouts: tuple[str, ...] = ("named",),
-        jobs: str = "sft,reward,dpo,ppo,grpo",
-        model: str = "chatglm3-6b",
-        devices: int = 8,
-        json: Path | None = None,
-    ) -> Job:
-        """Prove that training does not depend on the layout: three steps against one device, in float32.
-
-        Exit 1 unless losses agree within 1e-6, gradients within 5e-5, weights within 1e-5, and nothing recompiles.
-
-        Args:
-            layouts: Names, PIPExDATAxFSDPxTENSOR[:gpipe|circular[:MICROBATCHES[:REPEATS]]], all (every factorisation
-                of the devices with both schedules), or named (every name).
-            jobs: Some of sft, reward, dpo, ppo, grpo.
-            model: A preset; a tiny model of its architecture is trained.
-            devices: On a CPU, how many devices to simulate.
-            json: Write the table there too.
-        """
-        return partial(_certify, layouts, jobs, model, devices, json)
+    """Add the command; its docstring is what --help prints."""
 
     @app.command
     def explain(
@@ -82,122 +56,22 @@ def preset(name: str) -> "Config":
 
 
 def find_layouts(names: Sequence[str], devices: int) -> "dict[str, Layout]":
-    """The layouts that --layouts names, all and named included, as they are to be called. Raises UserError."""
-    from sharding.layout import LAYOUTS, factorisations, get_layout, spell_layout
+    """The layouts that --layouts names, by the names to print; all, named and default are lists. Raises UserError."""
+    from sharding.layout import LAYOUTS, Layout, factorisations, get_layout, spell_layout
 
     found: dict[str, Layout] = {}
     for name in names:
         if name == "all":
             found |= {spell_layout(layout): layout for layout in factorisations(devices)}
-        elif name == "named":
+        elif name in ("named", "default"):
             found |= {n: get_layout(n, devices) for n in LAYOUTS if n != "single"}
+            if name == "default":
+                stages = Layout(pipe=2, fsdp=-1, microbatches=2).on(devices)
+                around = Layout(pipe=2, data=-1, tensor=2, microbatches=2, repeats=2).on(devices)
+                found |= {spell_layout(layout): layout for layout in (stages, around)}
         else:
             found[name] = get_layout(name, devices)
     return found
-
-
-@contextmanager
-def _programs_kept() -> Iterator[None]:
-    """Compiled programs are kept, so that reading one does not compile it again."""
-    import jax
-
-    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in settings}
-    with tempfile.TemporaryDirectory() as directory:
-        for name, value in zip(settings, (directory, 0.0), strict=True):
-            jax.config.update(name, value)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-
-
-def _certify(names: Sequence[str], jobs: str, model: str, devices: int, json: Path | None) -> int:
-    from rich.console import Console
-
-    from rlhf.certify import certify
-    from rlhf.trials.jobs import JOBS
-    from rlhf.trials.models import tiny
-    from sharding.disk.directory import write_json
-    from sharding.layout import use_devices
-
-    chosen = jobs.split(",")
-    for job in chosen:
-        if job not in JOBS:
-            raise UserError(f"--jobs {jobs}: unknown job {job!r}: choose some of {', '.join(JOBS)}")
-    config = tiny(preset(model))
-    use_devices(devices)
-    layouts = find_layouts(names, devices)
-    console = Console()
-    rows = []
-    with _programs_kept():
-        console.print(_line(*HEADINGS), soft_wrap=True, highlight=False)
-        for row in certify(config, layouts, chosen):
-            rows.append(row)
-            style = None if row.passed else "bold red"
-            console.print(_cells(row), style=style, soft_wrap=True, highlight=False, markup=False)
-    passed = sum(row.passed for row in rows)
-    console.print(f"{passed} of {len(rows)} pass", highlight=False)
-    if json is not None:
-        report = {"model": model, "rows": [_row(row) for row in rows], "pass": passed == len(rows)}
-        write_json(json, report)
-    return 0 if passed == len(rows) else 1
-
-
-HEADINGS = (
-    "layout",
-    "job",
-    "loss",
-    "gradient",
-    "weights",
-    "recompiled",
-    "MiB",
-    "bubble",
-    "collectives",
-    "",
-    "largest gradient error in",
-)
-
-
-def _line(*cells: str) -> str:
-    widths = (20, 7, 8, 8, 8, 10, 6, 6, 40, 5, 0)
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-
-
-def _cells(row: "Row") -> str:
-    short = {
-        "all-gather": "gather",
-        "all-reduce": "reduce",
-        "reduce-scatter": "scatter",
-        "all-to-all": "all-to-all",
-        "collective-permute": "permute",
-    }
-    counts = row.collectives
-    collectives = ", ".join(
-        f"{counts[kind]} {word}" for kind, word in short.items() if kind in counts
-    )
-    return _line(
-        row.layout,
-        row.job,
-        f"{row.loss_error:.1e}",
-        f"{row.grad_error:.1e}",
-        f"{row.weight_error:.1e}",
-        str(row.recompiles),
-        f"{row.temp_bytes / 2**20:.2f}",
-        f"{row.bubble:.3f}",
-        collectives,
-        "pass" if row.passed else "FAIL",
-        row.failure or row.grad_worst.lstrip("."),
-    )
-
-
-def _row(row: "Row") -> dict[str, Any]:
-    fields = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in dataclasses.asdict(row).items()
-    }
-    return {**fields, "pass": row.passed}
 
 
 def _explain(

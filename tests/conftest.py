@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -30,19 +31,40 @@ from sharding.layout import use_devices  # noqa: E402
 
 use_devices(8)
 
+# programs for fewer instructions or another number of XLA's threads are other programs: no run reads another's
+ISA = re.search(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+MACHINE = f"{ISA[1] if ISA else ''}threads{os.environ['NPROC']}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that records how close comparisons come to their bounds."""
+    parser.addoption(
+        "--record-tolerances",
+        type=Path,
+        help="Append every comparison's error and bound to this file.",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compile a program once and not in every test that uses it, nor in the next run of the tests.
 
     The default tests are compiled quickly; where slow ones are asked for, all are as users have them.
     """
-    if config.option.markexpr == "not slow":
-        os.environ.setdefault("XLA_FLAGS", QUICK_CODE)  # read when the first program is compiled
+    if config.option.record_tolerances is not None:
+        from tests.tolerances import record
+
+        record(config.option.record_tolerances.absolute())
+    flags = os.environ.get("XLA_FLAGS")
+    if "not slow" in config.option.markexpr and (flags is None or "xla_cpu_max_isa" in flags):
+        os.environ["XLA_FLAGS"] = (
+            f"{flags or ''} {QUICK_CODE}".strip()
+        )  # read at the first compilation
     if config.pluginmanager.hasplugin("cacheprovider"):
         assert config.cache is not None
         # a folder for every worker of pytest-xdist: JAX writes without a lock, and another might read half
         worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"jax{worker}")))
+        folder = str(config.cache.mkdir(f"jax{worker}-{MACHINE}"))
+        jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,10 @@ import optax
 
 from glm_jax.batch import Judged, Pairs
 from glm_jax.config import Config
-from glm_jax.generate import SamplingConfig
+from glm_jax.generate import Generation, SamplingConfig
 from glm_jax.optim import OptimConfig, make_optimizer
-from glm_jax.train import TrainState, Update, init_state
+from glm_jax.train import Update, init_state
+from glm_jax.weights import host_weights
 from rlhf.dpo import DPOConfig, LabelledPairs, dpo_update
 from rlhf.kl import KLConfig
 from rlhf.ppo import PPOConfig
@@ -28,6 +30,7 @@ from rlhf.trials.models import (
     sequences,
 )
 from rlhf.trials.ppo import small_ppo
+from rlhf.trials.recording import Recorder, Replayed, Role, Seen, remembering, seen_of
 from sharding.layout import Layout
 
 # AdamW's usual eps makes whole steps of gradients that are 0 but for rounding
@@ -35,19 +38,25 @@ OPTIM = OptimConfig(learning_rate=5e-3, warmup_fraction=0.0, eps=1e-3)
 # of two updates an iteration: what rounding leaves of the first step, the others enlarge with the learning rate
 TWICE = dataclasses.replace(OPTIM, learning_rate=2e-3)
 
+# in bfloat16 no ratio may come near its clip, where rounding decides whether a token has a gradient
+ROUNDED = dataclasses.replace(OPTIM, learning_rate=2e-4)
 
-class Seen(NamedTuple):
-    """What one update did, on the host."""
 
-    losses: Mapping[str, float]
-    models: Mapping[str, tuple[Any, Any]]  # name -> (weights after it, gradient), laid out
+class Iterations(NamedTuple):
+    """A choice of how the iterations of a job run."""
+
+    generation: Layout | None = None  # to sample in; None: the training layout without its pipeline
+    replay: tuple[Generation, ...] = ()  # learnt from in place of the layout's own answers
+    optim: OptimConfig = TWICE  # of actor and critic
 
 
 class Job(NamedTuple):
-    """A job that is set up: its updates, and the programs that they run."""
+    """A job that is set up: its steps, each with its updates, and the programs that they run."""
 
-    updates: Iterator[Seen]
+    updates: Iterator[list[Seen]]
     programs: Mapping[str, "Watched"]
+    roles: Mapping[str, Role]
+    answers: list[Generation]  # of every iteration so far, on the host, before any were replaced
 
 
 class Watched:
@@ -66,47 +75,20 @@ class Watched:
         return self.compiled[key](*args)
 
 
-class Remembered(NamedTuple):
-    """State of an optimizer that keeps the last gradient beside its own."""
+def _updates(model: Any, update: Callable[..., Update], batches: list[Any], layout: Layout) -> Job:
+    """The job of one model; `update` makes its update of an optimizer."""
+    optimizer = _optimizer(len(batches))
+    watched = Watched(update(optimizer=optimizer, layout=layout))
 
-    inner: optax.OptState
-    gradient: Any
-
-
-def remembering(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer; its state holds the gradient of the last update."""
-
-    def init(params: Any) -> Remembered:
-        return Remembered(optimizer.init(params), optax.tree.zeros_like(params))
-
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Remembered]:
-        inner_update = optax.with_extra_args_support(optimizer).update
-        updates, inner = inner_update(grads, state.inner, params, **extra)
-        return updates, Remembered(inner, grads)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _updates(
-    model: Any,
-    optimizer: optax.GradientTransformation,
-    update: Update,
-    batches: list[Any],
-    layout: Layout,
-) -> Job:
-    watched = Watched(update)
-
-    def run() -> Iterator[Seen]:
+    def run() -> Iterator[list[Seen]]:
         state = init_state(model, optimizer)
-        for batch in batches:
-            state, metrics = watched(state, layout.put(batch))
-            yield Seen({"loss": float(metrics["loss"])}, {"": _seen(state)})
+        for number, batch in enumerate(batches, 1):
+            placed = layout.put(batch)
+            state, metrics = watched(state, placed)
+            yield [seen_of(f"update {number}", "", placed, state, metrics, layout)]
 
-    return Job(run(), {"update": watched})
-
-
-def _seen(state: TrainState) -> tuple[Any, Any]:
-    return state.model, state.opt_state.gradient
+    role = Role(host_weights(model, layout), OPTIM, len(batches))
+    return Job(run(), {"update": watched}, {"": role}, [])
 
 
 def _optimizer(steps: int, config: OptimConfig = OPTIM) -> optax.GradientTransformation:
@@ -115,10 +97,8 @@ def _optimizer(steps: int, config: OptimConfig = OPTIM) -> optax.GradientTransfo
 
 def sft_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
     """Supervised fine-tuning."""
-    optimizer = _optimizer(steps)
     batches = [sequences(config, f"sft {i}", rows) for i in range(steps)]
-    update = sft_update(optimizer, layout)
-    return _updates(place_model(config, layout), optimizer, update, batches, layout)
+    return _updates(place_model(config, layout), sft_update, batches, layout)
 
 
 def _pairs(config: Config, number: int, rows: int) -> Pairs:
@@ -129,18 +109,16 @@ def _pairs(config: Config, number: int, rows: int) -> Pairs:
 
 def reward_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
     """The reward model."""
-    optimizer = _optimizer(steps)
     batches = [
         Judged(_pairs(config, i, rows), rng(f"weight {i}").uniform(0.2, 1, rows).astype(np.float32))
         for i in range(steps)
     ]
-    update = reward_update(RewardConfig(l2_weight=0.1), optimizer, layout)
-    return _updates(place_scorer(config, layout), optimizer, update, batches, layout)
+    update = partial(reward_update, RewardConfig(l2_weight=0.1))
+    return _updates(place_scorer(config, layout), update, batches, layout)
 
 
 def dpo_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
     """Direct preference optimisation with SFT mixed in."""
-    optimizer = _optimizer(steps)
     batches = [
         (
             LabelledPairs(
@@ -151,18 +129,22 @@ def dpo_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
         )
         for i in range(steps)
     ]
-    update = dpo_update(DPOConfig(sft_weight=0.5), optimizer, layout)
-    return _updates(place_model(config, layout), optimizer, update, batches, layout)
+    update = partial(dpo_update, DPOConfig(sft_weight=0.5))
+    return _updates(place_model(config, layout), update, batches, layout)
 
 
-def ppo_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
+def ppo_job(
+    config: Config, rows: int, steps: int, layout: Layout, how: Iterations = Iterations()
+) -> Job:
     """Whole iterations of PPO: answers, scores, advantages, two minibatches of actor and critic."""
-    sampling = SamplingConfig(max_new_tokens=ANSWER, temperature=0.9)
-    settings = PPOConfig(sampling=sampling, kl=KLConfig(coef=0.1), sft_weight=0.5)
-    return _iterations(settings, config, rows, steps, layout)
+    drawn = SamplingConfig(max_new_tokens=ANSWER, temperature=0.9)
+    settings = PPOConfig(sampling=drawn, kl=KLConfig(coef=0.1), sft_weight=0.5)
+    return _iterations(settings, config, rows, steps, layout, how)
 
 
-def grpo_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
+def grpo_job(
+    config: Config, rows: int, steps: int, layout: Layout, how: Iterations = Iterations()
+) -> Job:
     """Whole iterations of GRPO: four answers a prompt from a part of the vocabulary, whitened, the KL in the loss."""
     settings = PPOConfig(
         advantage="grpo",
@@ -174,38 +156,46 @@ def grpo_job(config: Config, rows: int, steps: int, layout: Layout) -> Job:
         sft_weight=0.5,
         sampling=SamplingConfig(max_new_tokens=ANSWER, temperature=0.9, top_k=VOCAB // 2),
     )
-    return _iterations(settings, config, rows, steps, layout)
+    return _iterations(settings, config, rows, steps, layout, how)
 
 
-def _iterations(settings: PPOConfig, config: Config, rows: int, steps: int, layout: Layout) -> Job:
+def _iterations(
+    settings: PPOConfig, config: Config, rows: int, steps: int, layout: Layout, how: Iterations
+) -> Job:
     settings = dataclasses.replace(settings, batch_size=2 * rows, minibatches=2)
-    optimizers = (_optimizer(2 * steps, TWICE), _optimizer(2 * steps, TWICE))
-    small = small_ppo(config, settings, optimizers, layout)
+    optimizers = (_optimizer(2 * steps, how.optim), _optimizer(2 * steps, how.optim))
+    small = small_ppo(config, settings, optimizers, layout, generation=how.generation)
     has_critic = settings.advantage == "gae"
     names = ("experience_of", "update_actor", *(("update_critic",) if has_critic else ()))
     programs = {name: Watched(getattr(small.iterate, name)) for name in names}
-    iterate: Iteration = dataclasses.replace(small.iterate, **programs)  # type: ignore[arg-type]
+    sample = Replayed(small.iterate.sample, how.replay)
+    recorder = Recorder(sample, layout)
+    recording: dict[str, Any] = {
+        name: partial(getattr(recorder, name), programs[name]) for name in names
+    }
+    iterate: Iteration = dataclasses.replace(small.iterate, sample=sample, **recording)
 
-    def run() -> Iterator[Seen]:
+    def run() -> Iterator[list[Seen]]:
         learners = small.learners
         for step in range(steps):
-            learners, metrics, _ = iterate(
-                learners, small.models, small.inputs(step), jax.random.key(step)
-            )
-            losses: dict[str, float] = {"loss": metrics["loss"]}
-            seen = {"actor": _seen(learners.actor)}
-            if learners.critic is not None:
-                losses["value_loss"] = metrics["value_loss"]
-                seen["critic"] = _seen(learners.critic)
-            yield Seen(losses, seen)
+            key = jax.random.key(step)
+            learners, _, _ = iterate(learners, small.models, small.inputs(step), key)
+            yield recorder.taken(step + 1)
 
-    return Job(run(), programs)
+    states = {"actor": small.learners.actor, "critic": small.learners.critic}
+    roles = {
+        role: Role(host_weights(state.model, layout), how.optim, 2 * steps)
+        for role, state in states.items()
+        if state is not None
+    }
+    return Job(run(), programs, roles, sample.drawn)
 
 
-JOBS: Mapping[str, Callable[[Config, int, int, Layout], Job]] = {
+JOBS: Mapping[str, Callable[..., Job]] = {
     "sft": sft_job,
     "reward": reward_job,
     "dpo": dpo_job,
     "ppo": ppo_job,
     "grpo": grpo_job,
 }
+SAMPLING_JOBS = ("ppo", "grpo")

@@ -45,13 +45,14 @@ def small_ppo(
     sampling: SamplingConfig | None = None,
     stop_ids: tuple[int, ...] = STOP_IDS,
     start: Callable[[Any, optax.GradientTransformation], TrainState] = init_state,
+    generation: Layout | None = None,
 ) -> SmallPPO:
     """PPO of a tiny model on the current mesh; `optimizers` are those of actor and critic.
 
     With `sampling` and `stop_ids` rollouts may differ from what `config` says, and `start` makes the actor's state: so
-    that what a bug there does can be seen.
+    that what a bug there does can be seen. `generation` is the layout to sample in; None: `layout` without pipeline.
     """
-    sample = Sampler(model, sampling or config.sampling, stop_ids, layout)
+    sample = Sampler(model, sampling or config.sampling, stop_ids, layout, generation)
     iterate = make_iteration(config, optimizers, sample, STOP_IDS[0], layout)
     policy, scorer = place_model(model, layout), place_scorer(model, layout)
     critic = place_scorer(model, layout) if config.advantage == "gae" else None

@@ -10,6 +10,7 @@ import pytest
 from glm_jax.attention import Sight, attention, over_sequences, own_groups
 from glm_jax.layers import MASKED
 from sharding.layout import Layout, get_layout
+from tests.glm_jax.exact import assert_as_exact, exact_attention
 
 B, T, S, N, H = 2, 5, 7, 4, 8
 
@@ -31,6 +32,7 @@ def _inputs(groups: int) -> tuple[list[np.ndarray], np.ndarray]:
     return arrays, mask
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("name", ["single", "dp_tp"])
 def test_attention_and_its_gradient_are_those_of_the_formula(name: str, groups: int) -> None:
@@ -55,9 +57,9 @@ def test_attention_and_its_gradient_are_those_of_the_formula(name: str, groups: 
             gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
             return [np.asarray(x) for x in (out, *gradients)]
 
-    pairs = zip(results(of_attention, layout), results(_plain, Layout()), strict=True)
-    for ours, plain in pairs:
-        np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5)
+    found, plain = results(of_attention, layout), results(_plain, Layout())
+    q, k, v = arrays
+    assert_as_exact(found, plain, exact_attention(q, k, v, mask, weight))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from sharding.disk.find import find_tensors
 from sharding.disk.manifest import differing, hash_tensors
 from sharding.errors import UserError
 from sharding.layout import Layout, get_layout
+from tests.tolerances import rounding, terms_of
 
 ONE = Layout()
 PAD = 3
@@ -181,7 +182,9 @@ def test_scores_survive_sharding(form: Form, other: Form | None, name: str, tmp_
         import_hf(out, back, "keep", layout, _quiet)
         for directory in (kept, out, back):
             ours = _scores(load_scalar(directory, layout), layout)
-            np.testing.assert_allclose(ours, scores, rtol=1e-6, atol=1e-6)
+            # scores of about 1 are sums through all layers, which another layout sums in another order
+            atol = rounding(2 * terms_of(CONFIGS[form], ours.shape[-1]), 1.0)
+            np.testing.assert_allclose(ours, scores, rtol=0, atol=atol)
     assert set(find_tensors(out)) == _names(other or form)
     with jax.set_mesh(ONE.mesh()):
         np.testing.assert_array_equal(_scores(load_scalar(back, ONE), ONE), scores)
@@ -238,7 +241,8 @@ def test_scores_are_those_of_the_original_classifier(
         score = jax.jit(sequence_scores, static_argnums=2)
         scores = score(load_scalar(directory, ONE), ONE.put(batch), ONE)
     logits = golden["logits"][:, 0] - golden["classifier_bias"][0]
-    assert np.abs(np.asarray(scores) - logits).max() <= 1e-5 * np.abs(golden["logits"]).max()
+    atol = 1e-5 * np.abs(golden["logits"]).max()  # glm_jax.verify.EXACT
+    np.testing.assert_allclose(scores, logits, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("layout", [None, "fsdp_tp"])

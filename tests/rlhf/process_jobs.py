@@ -35,11 +35,12 @@ CONFIG = tiny(PRESETS["chatglm3-6b"])
 
 
 def train(job: str, layout: Layout) -> dict[str, np.ndarray]:
-    """Losses [step] and weights, by name."""
+    """Losses of every update and trained weights, by name."""
     trained = certify.train(job, CONFIG, 16, layout)
     losses = {
-        f"loss {name}": np.array([step[name] for step in trained.losses])
-        for name in trained.losses[0]
+        f"{name}, {seen.where}": np.array(loss)
+        for seen in trained.seen
+        for name, loss in seen.losses.items()
     }
     return losses | {f"weight {name}": weight for name, weight in trained.weights.items()}
 

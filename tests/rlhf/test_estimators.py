@@ -94,6 +94,7 @@ def test_shaped_rewards(seed: int, clip: float | None) -> None:
     assert_rows(found, expected)
 
 
+@pytest.mark.isa
 @by_seed
 @given(seeds, st.sampled_from([(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.97, 0.0)]))
 def test_gae_is_the_double_sum(seed: int, gamma_lambda: tuple[float, float]) -> None:
@@ -144,6 +145,7 @@ def _relative(
         return np.asarray(rloo(*arrays, samples)), np.asarray(grpo(*arrays, samples))
 
 
+@pytest.mark.isa
 @by_seed
 @given(seeds, st.sampled_from([2, 3, 6]), st.sampled_from([0.0, 0.1]))
 def test_rloo_and_grpo(seed: int, samples: int, kl: float) -> None:
@@ -223,6 +225,7 @@ def test_whitening_is_over_all_answer_tokens(seed: int) -> None:
     assert_rows(whitened(advantages, data.mask), expected)
 
 
+@pytest.mark.isa
 @by_seed
 @given(seeds)
 def test_policy_loss(seed: int) -> None:

@@ -33,6 +33,7 @@ def _pairs(rows: int, seed: int = 0) -> Pairs:
     return Pairs(side(), side())
 
 
+@pytest.mark.isa
 def test_token_logprobs_and_kl_against_a_loop() -> None:
     rng = np.random.default_rng(0)
     logits, ref = (rng.normal(size=(2, 4, 7)).astype(np.float32) for _ in range(2))
@@ -107,6 +108,7 @@ def test_interleaving_keeps_pairs_side_by_side() -> None:
         np.testing.assert_array_equal(both.ids[2 * row + 1], pairs.rejected.ids[row])
 
 
+@pytest.mark.isa
 def test_dpo_loss_against_a_loop() -> None:
     rng = np.random.default_rng(0)
     logp, ref_logp = (rng.normal(size=(5, 2)).astype(np.float32) for _ in range(2))

@@ -35,6 +35,7 @@ from rlhf.ppo import (
 from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
+from tests.tolerances import rounding, terms_of
 
 LAYOUT = Layout()
 STOP = 2
@@ -71,6 +72,13 @@ def models(small: GLMConfig) -> Iterator[Models]:
         yield Models(actor=policy, critic=scorer, reference=policy, reward=scorer)
 
 
+def _rounding(models: Models, temperature: float) -> float:
+    """What log-probabilities of two programs may differ by, in nats: logits are about 0.02 * 30 * sqrt(D)."""
+    config = models.actor.trunk.config
+    logits = 0.6 * config.hidden_size**0.5 / temperature
+    return rounding(2 * terms_of(config, 17), logits)
+
+
 def _answers(models: Models, sampling: SamplingConfig) -> Generation:
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 64, (8, 5)).astype(np.int32)
@@ -100,9 +108,11 @@ def test_step_zero_ratio_is_one_and_kl_zero_however_answers_are_drawn(
     answers = _answers(models, sampling)
     experience, metrics = _experience(models, answers, config)
 
-    assert abs(float(metrics["kl"])) <= 1e-6
-    assert abs(float(metrics["kl_exact"])) <= 1e-6
-    assert float(metrics["drift"]) <= 1e-5  # what was sampled and what the trainer computes
+    assert float(metrics["kl"]) == pytest.approx(0.0, abs=1e-6)
+    assert float(metrics["kl_exact"]) == pytest.approx(0.0, abs=1e-6)
+    # what was sampled and what the trainer computes
+    atol = _rounding(models, sampling.temperature)
+    assert float(metrics["drift"]) == pytest.approx(0.0, abs=atol)
     mask = answers.sequences.target
     _, shares = policy_loss(experience.logp, experience.logp, experience.advantages, mask, 0.2)
     of_loss = finished(shares)
@@ -130,6 +140,7 @@ def test_only_the_reward_model_reads_another_stop_token(models: Models) -> None:
     np.testing.assert_allclose(experience.values[:, 1:], states[:, :-1], atol=1e-6)
 
 
+@pytest.mark.isa
 def test_the_update_programs_ratio_starts_at_one(models: Models) -> None:
     sampling = SamplingConfig(max_new_tokens=12, temperature=0.8)
     config = PPOConfig(batch_size=8, minibatches=2, sampling=sampling)
@@ -139,7 +150,8 @@ def test_the_update_programs_ratio_starts_at_one(models: Models) -> None:
     loss = jax.jit(partial(actor_loss, config=config, layout=LAYOUT))
     metrics = finished(loss(models.actor, rows, actor_counts(rows))[1])
     assert float(metrics["ratio_mean"]) == pytest.approx(1.0, abs=1e-6)
-    assert float(metrics["ratio_max"]) == pytest.approx(1.0, abs=1e-5)
+    atol = _rounding(models, sampling.temperature)
+    assert float(metrics["ratio_max"]) == pytest.approx(1.0, abs=atol)
 
 
 def test_baseline_shifts_the_reward_and_nothing_else(models: Models) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from sharding.errors import UserError
 from sharding.layout import Layout
+from sharding.ranges import NonNegative, Positive, check_ranges
 
 
 class Head(enum.Enum):
@@ -19,14 +20,14 @@ class Head(enum.Enum):
 class GLMConfig:
     """Shape of a ChatGLM2, ChatGLM3, GLM-4 or GLM-4-0414 model."""
 
-    vocab_size: int  # V, rows of the embedding table (the original's padded_vocab_size)
-    hidden_size: int  # D
-    num_layers: int
-    num_heads: int  # N, query heads
-    num_kv_groups: int  # K, heads of keys and values
-    head_dim: int  # H
-    ffn_size: int  # F, width of the gated MLP
-    max_length: int = 8192  # longest sequence in tokens (the original's seq_length)
+    vocab_size: Positive  # V, rows of the embedding table (the original's padded_vocab_size)
+    hidden_size: Positive  # D
+    num_layers: Positive
+    num_heads: Positive  # N, query heads
+    num_kv_groups: Positive  # K, heads of keys and values
+    head_dim: Positive  # H
+    ffn_size: Positive  # F, width of the gated MLP
+    max_length: Positive = 8192  # longest sequence in tokens (the original's seq_length)
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0  # rotary base: 10,000 * rope_ratio from ChatGLM3 on
     position_scale: float = 1.0  # positions are divided by it: rope_ratio of ChatGLM2-6B-32k
@@ -37,6 +38,7 @@ class GLMConfig:
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self, "model")
         if self.num_heads % self.num_kv_groups:
             raise UserError(
                 f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_groups = {self.num_kv_groups}"
@@ -55,19 +57,20 @@ class GLMConfig:
 class GLMV1Config:
     """Shape of a ChatGLM-6B model, and the special tokens it reads positions and mask off."""
 
-    vocab_size: int  # V
-    hidden_size: int  # D
-    num_layers: int
-    num_heads: int  # N
-    ffn_size: int  # F, the original's inner_hidden_size
-    max_length: int = 2048  # longest sequence in tokens (the original's max_sequence_length)
+    vocab_size: Positive  # V
+    hidden_size: Positive  # D
+    num_layers: Positive
+    num_heads: Positive  # N
+    ffn_size: Positive  # F, the original's inner_hidden_size
+    max_length: Positive = 2048  # longest sequence in tokens (the original's max_sequence_length)
     norm_eps: float = 1e-5
-    mask_id: int = 130000  # [MASK]
-    gmask_id: int = 130001  # [gMASK]
-    sop_id: int = 130004  # <sop>, the original's bos_token_id: ends the context
+    mask_id: NonNegative = 130000  # [MASK]
+    gmask_id: NonNegative = 130001  # [gMASK]
+    sop_id: NonNegative = 130004  # <sop>, the original's bos_token_id: ends the context
     compute_dtype: str = "float32"  # as in GLMConfig
 
     def __post_init__(self) -> None:
+        check_ranges(self, "model")
         if self.hidden_size % (4 * self.num_heads):
             raise UserError(
                 f"model.hidden_size = {self.hidden_size} does not divide into model.num_heads = {self.num_heads} heads "

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,30 +37,32 @@ from rlhf.rollout import require_scores, with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
 from sharding.processes import fetch
+from sharding.ranges import AtLeast, NonNegative, Positive, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class DPOConfig:
     """Settings of DPO; no number of it is in the paper."""
 
-    prompts: int = 1024  # training prompts that answers are drawn for
+    prompts: Positive = 1024  # training prompts that answers are drawn for
     samples: int = 4  # answers a prompt, of which the best and the worst make a pair
     # answers cut off at max_new_tokens. keep: as any other; penalty: `truncation_penalty` off their score; reject: they
     # may be the rejected answer of a pair, never the preferred one; mask: neither. Not in the paper
     truncated: Literal["keep", "penalty", "reject", "mask"] = "reject"
-    truncation_penalty: float = 1.0
-    steps: int = 200
-    batch_size: int = 64  # pairs an update
+    truncation_penalty: Annotated[float, AtLeast(0)] = 1.0
+    steps: NonNegative = 200  # updates; 0: DPO is left out
+    batch_size: Positive = 64  # pairs an update
     # dpo: as in the paper; ipo: a squared loss that draws the gap of log-ratios to 1 / (2 beta)
     loss: Literal["dpo", "ipo"] = "dpo"
     label_smoothing: float = 0.0  # chance that a label is wrong, for dpo; not in the paper
     beta: float = 0.1
-    sft_batch_size: int = 64  # SFT sequences mixed into an update
+    sft_batch_size: Positive = 64  # SFT sequences mixed into an update
     sft_weight: float = 0.05  # of the SFT loss mixed in (nats/token)
     sampling: SamplingConfig = SamplingConfig()
     optim: OptimConfig = OptimConfig(learning_rate=1e-6)
 
     def __post_init__(self) -> None:
+        check_ranges(self, "dpo")
         if self.samples < 2:
             raise UserError(f"dpo.samples = {self.samples}: a pair needs 2 answers or more")
         if not 0.0 <= self.label_smoothing < 0.5:

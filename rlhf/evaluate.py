@@ -18,6 +18,7 @@ from rlhf.data.oracle.oracle import gold_reward
 from sharding.errors import UserError
 from sharding.layout import Layout
 from sharding.processes import fetch
+from sharding.ranges import NonNegative, Positive, check_ranges
 
 Judge = Callable[[str], float]  # text of prompt and answer -> a number, more is better
 
@@ -26,13 +27,16 @@ Judge = Callable[[str], float]  # text of prompt and answer -> a number, more is
 class EvaluateConfig:
     """How the policies are compared at the end."""
 
-    num_prompts: int = 256  # held-out prompts
-    batch_size: int = 64
-    num_samples: int = 3  # answers shown side by side
+    num_prompts: Positive = 256  # held-out prompts
+    batch_size: Positive = 64
+    num_samples: NonNegative = 3  # answers shown side by side
     # snownlp: the sentiment classifier of that package; oracle: the gold reward of `OracleData`
     judge: Literal["snownlp", "oracle"] = "snownlp"
     rollouts: bool = False  # judge the answers of every PPO iteration too: `judged` of its metrics
     tie_margin: float = 0.1  # judgements of two answers closer than this are a tie
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "evaluate")
 
 
 @dataclasses.dataclass(frozen=True)

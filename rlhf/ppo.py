@@ -8,7 +8,7 @@ of actor and critic. All arrays are aligned to the token they speak of (see glm_
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,21 +36,24 @@ from rlhf.losses import policy_loss, value_loss
 from rlhf.rollout import with_stop
 from sharding.errors import UserError
 from sharding.layout import Layout
+from sharding.ranges import AtLeast, NonNegative, Positive, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
     """Settings of PPO; clip, GAE and SFT weights are not in the paper (most are in its later public code)."""
 
-    iterations: int = 700  # the paper: 600 to 800
-    batch_size: int = 256  # answers an iteration, `samples` to a prompt
-    samples: int = 1  # answers a prompt; not in the paper
-    minibatches: int = 2  # updates an epoch
-    epochs: int = 1  # passes over an iteration's answers
+    iterations: Positive = 700  # the paper: 600 to 800
+    batch_size: Positive = 256  # answers an iteration, `samples` to a prompt
+    samples: Positive = 1  # answers a prompt; not in the paper
+    minibatches: Positive = 2  # updates an epoch
+    epochs: Positive = 1  # passes over an iteration's answers
     stop_kl: float | None = (
         None  # k3 of the old policy (nats/token) that ends an iteration's updates; not in the paper
     )
-    critic_warmup: int = 0  # first iterations, in which only the critic learns; not in the paper
+    critic_warmup: NonNegative = (
+        0  # first iterations, in which only the critic learns; not in the paper
+    )
     # gae: with a critic, as in the paper; rloo, grpo: against the other answers to the prompt, without one
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     whiten: bool = (
@@ -65,19 +68,22 @@ class PPOConfig:
     # answers cut off at max_new_tokens; penalty: `truncation_penalty` off their score, also in y_ref and in prompt
     # selection; mask: nothing is learnt from them. Not in the paper
     truncated: Literal["keep", "penalty", "mask"] = "keep"
-    truncation_penalty: float = 1.0  # not in the paper
+    truncation_penalty: Annotated[float, AtLeast(0)] = 1.0  # not in the paper
     gamma: float = 1.0  # discount; not in the paper
     gae_lambda: float = 0.95  # not in the paper
-    sft_batch_size: int = 64  # SFT sequences mixed into an update; not in the paper
+    sft_batch_size: Positive = 64  # SFT sequences mixed into an update; not in the paper
     sft_weight: float = 0.05  # of the SFT loss mixed in (nats/token); its value is not in the paper
     # subtract the score of the SFT model's own answer y_ref to the prompt; for gae alone, since it cancels in rloo and
     # grpo, which sample no y_ref
     reference_baseline: bool = True
     sampling: SamplingConfig = SamplingConfig()
     # iterations between checks by the doctor, beside the first two in which each model learns; 0: none
-    doctor_every: int = 0
+    doctor_every: NonNegative = 0
     actor: OptimConfig = OptimConfig(learning_rate=1e-6)
     critic: OptimConfig = OptimConfig(learning_rate=2e-6)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "ppo")
 
     @property
     def subtracts_reference(self) -> bool:

@@ -1,7 +1,9 @@
 """A recipe: every setting of a run in one frozen dataclass, and whether it can run on the devices there are."""
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import NamedTuple
 
 from glm_jax.checkpoint import read_shape
 from glm_jax.config import Config, GLMConfig, check_context
@@ -13,35 +15,42 @@ from rlhf.data.public import PublicData
 from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.dpo import DPOConfig
 from rlhf.evaluate import EvaluateConfig
+from rlhf.outdir import RECIPE_FILE
 from rlhf.ppo import PPOConfig
 from rlhf.progress import SavingConfig
 from rlhf.reference import SelectionConfig
 from rlhf.reward import RewardConfig
 from rlhf.sft import SFTConfig
 from sharding.layout import Layout, Remat, get_layout
+from sharding.ranges import NonNegative, Positive, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseRecipe:
     """What every run is told."""
 
-    seed: int = 0  # of everything random: data, weights, sampling
+    seed: NonNegative = 0  # of everything random: data, weights, sampling
     output_dir: Path = Path("runs/default")
     layout: str = (
         "single"  # a name, or PIPExDATAxFSDPxTENSOR[:gpipe|circular[:MICROBATCHES[:REPEATS]]]
     )
-    accumulate: int = 1  # pieces an update's batch is cut into, one after another, to save memory
+    accumulate: Positive = (
+        1  # pieces an update's batch is cut into, one after another, to save memory
+    )
     remat: Remat = "none"  # what layers keep for their gradients; the rest is computed again
-    devices: int | None = None  # None: all there are; on a CPU, how many to simulate
+    devices: Positive | None = None  # None: all there are; on a CPU, how many to simulate
     data: ReviewsData | FilesData | PublicData | OracleData = ReviewsData()
     pretrained: Path | None = None  # directory of a model to start from; None: random weights
     model: GLMConfig = GLMConfig(4096, 128, 4, 4, 2, 32, 352)  # shape without `pretrained`
-    length: int = 64  # tokens of a training sequence, prompt and answer
+    length: Positive = 64  # tokens of a training sequence, prompt and answer
     # a record that is too long or that the model's chat format has no words for: leave it out and name it, or refuse
     unfit: Unfit = "skip"
     # updates that are left out, as their gradient is not finite, before a stage stops
-    max_skipped: int = 0
+    max_skipped: NonNegative = 0
     saving: SavingConfig = SavingConfig()  # of what a run needs to go on after it was ended
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +58,9 @@ class Recipe(BaseRecipe):
     """SFT -> reward model -> PPO and DPO -> evaluation -> export, on one mesh."""
 
     generation_layout: str | None = None  # to sample in; None: `layout` without its pipeline
-    max_prompts: int | None = None  # training prompts used for RL; None: all
-    doctor: bool = True  # check the first two iterations of PPO, and stop where something is wrong
-    prompt_length: int = 16  # tokens of a prompt, chat format included
+    max_prompts: Positive | None = None  # training prompts used for RL; None: all
+    doctor: bool = True  # check PPO (ppo.doctor_every), and stop where something is wrong
+    prompt_length: Positive = 16  # tokens of a prompt, chat format included
     rollout: RolloutConfig = (
         RolloutConfig()
     )  # how answers are drawn; which ones does not depend on it
@@ -69,6 +78,45 @@ class RewardRecipe(BaseRecipe):
     """A reward model alone -> its report card, on one mesh."""
 
     reward: RewardConfig = RewardConfig()
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """Lines to print before a run: stages that are left out, and answers that the reward model was not trained on."""
+    lines = []
+    if not recipe.sft.steps:
+        lines.append("sft.steps = 0: SFT is left out, PPO and DPO start from the model as it is")
+    if not recipe.dpo.steps:
+        lines.append("dpo.steps = 0: DPO is left out")
+    trained = reward_length(recipe)
+    stages = {"ppo": recipe.ppo.sampling, "dpo": recipe.dpo.sampling}
+    for stage, sampling in stages.items() if recipe.dpo.steps else [("ppo", recipe.ppo.sampling)]:
+        total = recipe.prompt_length + sampling.max_new_tokens + 1  # and the appended stop token
+        if trained is not None and total > trained.tokens:
+            lines.append(
+                f"{stage}: prompt_length + {stage}.sampling.max_new_tokens + 1 = {total} tokens are more than "
+                f"{trained.name} = {trained.tokens}, the longest that the reward model is trained on: it scores longer "
+                f"answers untrained"
+            )
+    return lines
+
+
+class TrainedLength(NamedTuple):
+    """The longest sequence that a reward model was trained on."""
+
+    tokens: int
+    name: str  # field that it is from
+
+
+def reward_length(recipe: Recipe) -> TrainedLength | None:
+    """That of the recipe's reward model; None where it comes from elsewhere and does not lie in its run's directory."""
+    if recipe.reward_model is None:
+        return TrainedLength(recipe.length, "length")
+    path = recipe.reward_model.resolve().parent.parent / RECIPE_FILE
+    try:
+        tokens = json.loads(path.read_text(encoding="utf-8"))["length"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return TrainedLength(tokens, f"length of {path}") if isinstance(tokens, int) else None
 
 
 def check_reward(recipe: RewardRecipe) -> Layout:

@@ -18,19 +18,23 @@ from glm_jax.scalar import ScalarModel, apply_scalar, sequence_scores
 from glm_jax.train import Report, Update, init_state, make_update, train
 from sharding.layout import Layout
 from sharding.processes import fetch
+from sharding.ranges import NonNegative, Positive, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
     """Training of the reward model."""
 
-    steps: int = 400
-    batch_size: int = 64  # pairs an update
+    steps: Positive = 400
+    batch_size: Positive = 64  # pairs an update
     l2_weight: float = 0.001  # of the score prior; not in the paper (its later code has 0.001)
     # answers packed into rows of so many tokens, `batch_size` counting rows; None: a pair a row. Not in the paper
-    pack_length: int | None = None
-    eval_every: int = 0  # updates between looks at the held-out pairs; 0: none in between
+    pack_length: Positive | None = None
+    eval_every: NonNegative = 0  # updates between looks at the held-out pairs; 0: none in between
     optim: OptimConfig = OptimConfig(learning_rate=5e-6)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "reward")
 
 
 def interleave(pairs: Pairs) -> Sequences:

@@ -15,7 +15,7 @@ from rlhf.dpo import PAIRS, LabelledPairs, sample_pairs, train_dpo
 from rlhf.evaluate import Answers, answer, heldout_nll, win_tie_lose
 from rlhf.ppo_run import PPORun
 from rlhf.progress import NOT_KEPT, Progress
-from rlhf.recipe import Recipe, check
+from rlhf.recipe import Recipe, check, remarks
 from rlhf.rollout import prompt_batches
 from rlhf.runlog import RunLog
 from rlhf.sft import train_sft
@@ -40,18 +40,22 @@ class Run(PPORun):
 
     def run(self) -> dict[str, Any]:
         """All stages; what `summary.json` says."""
+        for line in remarks(self.recipe):
+            self.log.note(line)
         log, _ = self.log, self.judge  # a judge that is missing is missed now, not after hours
         self.load_data()
         sft = self.train_sft()
         self.samplers = self.make_samplers(sft.trunk.config)
         reward, reward_summary = self.reward_model(sft)
         ppo, ppo_summary = self.train_ppo(sft, reward)
-        dpo = self.train_dpo(sft, reward)
+        trained = {"sft": sft, "ppo": ppo}
+        if self.recipe.dpo.steps:
+            trained["dpo"] = self.train_dpo(sft, reward)
         if self.progress.done("export") is None:
             with log.stage("export"):
                 on_first(self.export)
             self.progress.finish("export")
-        policies, samples = self.evaluate({"sft": sft, "ppo": ppo, "dpo": dpo})
+        policies, samples = self.evaluate(trained)
         policies["ppo"] |= ppo_summary
         summary = {
             **self.facts(sft),

@@ -12,15 +12,21 @@ from glm_jax.model import CausalLM
 from glm_jax.optim import OptimConfig, make_optimizer
 from glm_jax.train import Report, Update, init_state, language_loss, make_update, num_targets, train
 from sharding.layout import Layout
+from sharding.ranges import NonNegative, Positive, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning."""
 
-    steps: int = 1000
-    batch_size: int = 64  # sequences an update
+    steps: NonNegative = (
+        1000  # updates; 0: SFT is left out, its model is the one that a run starts from
+    )
+    batch_size: Positive = 64  # sequences an update
     optim: OptimConfig = OptimConfig()
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "sft")
 
 
 def sft_update(optimizer: optax.GradientTransformation, layout: Layout) -> Update:

@@ -200,6 +200,8 @@ class Layout:
 
     def check_batch(self, size: int, name: str) -> None:
         """Raise UserError unless a batch of `size` rows divides over replicas, shards and microbatches."""
+        if size < 1:
+            raise UserError(f"{name} = {size} is out of range: give 1 or more")
         pieces = self.ways("batch") * self.microbatches * self.accumulate
         if size % pieces:
             added = f" x {self.accumulate} accumulated pieces" if self.accumulate > 1 else ""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from sharding.errors import UserError
+from sharding.ranges import NonNegative, Positive, check_ranges
 
 # Lower edges of the buckets that lengths are balanced in, tokens; not in the paper. Narrow where most pairs are; d = 0
 # says nothing of length.
@@ -18,17 +19,22 @@ class Endpoint:
     url: str  # up to and without /chat/completions
     model: str
     key: str = ""  # sent as a bearer token
-    threads: int = 8  # requests at a time
+    threads: Positive = 8  # requests at a time
     timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "filters.endpoint")
 
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
     """Thresholds of the filters; none of their values is in the paper."""
 
-    min_prompt_chars: int = 2  # of the last message, blanks at its ends aside
-    min_intention: int = 0  # 2: drop ambiguous prompts, 1: only totally unclear ones; see Quality
-    min_semantics: int = (
+    min_prompt_chars: NonNegative = 2  # of the last message, blanks at its ends aside
+    min_intention: NonNegative = (
+        0  # 2: drop ambiguous prompts, 1: only totally unclear ones; see Quality
+    )
+    min_semantics: NonNegative = (
         0  # 2: drop prompts whose meaning is guessed, 1: only incomprehensible ones
     )
     answerable: bool = False  # drop prompts that are beyond a model
@@ -46,6 +52,9 @@ class FilterConfig:
     # pairs without a weight in the file: each counts for 1 / (pairs of its prompt), or for 1
     weigh: Literal["prompt", "pair"] = "prompt"
     seed: int = 0  # draws which pairs stay
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "filters")
 
     def check(self) -> None:
         """Raise UserError on values that mean nothing."""

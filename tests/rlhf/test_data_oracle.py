@@ -93,5 +93,5 @@ def test_written_answers_are_as_told() -> None:
     "field", [{"prompts": 2000}, {"answers": 1}, {"recall": 1.5}, {"noise": -1.0}]
 )
 def test_fields_out_of_range_are_named(field: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=f"data: {next(iter(field))} = "):
+    with pytest.raises(UserError, match=rf"data(: |\.){next(iter(field))} = "):
         OracleData(**field).splits()  # type: ignore[arg-type]

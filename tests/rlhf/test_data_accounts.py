@@ -21,6 +21,7 @@ from rlhf.data.pair_rows import token_pairs
 from rlhf.data.prepare import build_tables, open_accounts, open_tables
 from rlhf.data.reading import read_records
 from rlhf.data.records import Example, Preference, Prompt, user_turn
+from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.evaluate import EvaluateConfig
 from rlhf.ppo_run import tokenized
 from rlhf.recipe import Recipe
@@ -45,7 +46,7 @@ def write(folder: Path, kinds: list[tuple[int, int, bool, bool]]) -> FilesData:
             ("prompts", {}),
         ):
             tables[name].append({"prompt": " " if empty else prompt, **fields})
-    paths = {name: folder / f"{name}.jsonl" for name in TABLES}
+    paths: dict[str, Any] = {name: folder / f"{name}.jsonl" for name in TABLES}
     for name, lines in tables.items():
         paths[name].write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return FilesData(**paths, heldout_fraction=0.4, mistakes=OnMistake.skip_all())
@@ -238,3 +239,20 @@ def test_reasons_name_the_first_records_alone() -> None:
         "5,000 longer than length = 3 tokens (x:0, x:1, x:2, ...)"
     )
     assert Counter(account.left_out).total() + account.used == 10_000
+
+
+def test_every_review_is_used_or_left_out(tmp_path: Path) -> None:
+    """By the lines of both files, counted by hand."""
+    fine = ["灯光都很亮，看着真舒服", "毛巾都很新，摸着真舒服"]
+    pos = [*fine, fine[0], "灯泡两面都说，算不得评价", "", "太短", "灯" * 90]
+    neg = ["灯泡两面都说，算不得评价", "宾馆反馈 谢谢您的光临惠顾", "燈號這個東西實在是壞透頂了"]
+    for name, lines in (("pos", pos), ("neg", [*neg, "窗帘都太暗，看着真别扭"])):
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    told: list[str] = []
+    splits = ReviewsData(tmp_path / "pos", tmp_path / "neg").splits(told.append)
+    assert sum(map(len, splits.sft)) == 3
+    assert told == [
+        "3 of 10 reviews used; left out: 1 repeating another line; 1 without a buyer's word; "
+        "2 in both files; 1 shorter than min_chars = 10; 1 longer than max_chars = 80; "
+        "1 not in simplified characters"
+    ]

@@ -225,7 +225,8 @@ def test_position_bias_comes_from_what_the_file_says(
     data = FilesData(preferences=write(tmp_path / "x.jsonl", lines), heldout_fraction=0.5)
     records = list(replace(data, filters=FilterConfig(balance=False)).splits().preferences.heldout)
     pairs = token_pairs(records, characters, 99)
-    chosen, rejected = (np.array([len(p[side]) for p in pairs], np.float32) for side in (2, 3))
+    chosen = np.array([len(pair.chosen) for pair in pairs], np.float32)
+    rejected = np.array([len(pair.rejected) for pair in pairs], np.float32)
     card = grade(scored_pairs(chosen, rejected, records, pairs))
     judges = card.position.judges
     if stated is None:

@@ -72,7 +72,7 @@ def test_no_dialogue_and_no_heldout_answer_is_in_training(
     tmp_path: Path, sft: Any, compared: Any, asked: Any, seed: int, named: bool
 ) -> None:
     answer = lambda record: f"answer {record[0]} {record[3]} "  # noqa: E731
-    tables = {
+    tables: dict[str, list[dict[str, Any]]] = {
         "sft": [{"prompt": messages(*r), "response": answer(r) + "a"} for r in sft],
         "preferences": [
             {"prompt": messages(*r), "chosen": answer(r) + "a", "rejected": answer(r) + "b"}
@@ -80,7 +80,7 @@ def test_no_dialogue_and_no_heldout_answer_is_in_training(
         ],
         "prompts": [{"prompt": messages(*r)} for r in asked],
     }
-    paths = {}
+    paths: dict[str, Any] = {}
     for name, lines in tables.items():
         paths[name] = tmp_path / f"{name}.jsonl"
         paths[name].write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")

@@ -1,5 +1,6 @@
 """The command `glm-jax reward report`: is this reward model any good?"""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
@@ -13,10 +14,8 @@ from rlhf.data.mistakes import OnMistake
 from rlhf.model_cli import Place
 
 Job = Callable[[], int | None]
-# judgements as they are: ties say nothing of a score, all else counts
-AS_JUDGED = FilterConfig(
-    min_prompt_chars=0, votes="each", cycles="keep", balance=False, weigh="pair"
-)
+# judgements as they are: ties say nothing of a score, all else counts; every prompt the same, as in a run's card
+AS_JUDGED = FilterConfig(min_prompt_chars=0, votes="each", cycles="keep", balance=False)
 
 
 def add_commands(app: tyro.extras.SubcommandApp) -> None:
@@ -46,7 +45,7 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
             form: What the files look like; default: told from their fields.
             length: Longest answer with its prompt, in tokens; longer pairs are left out and counted.
             batch_size: Pairs that are scored at a time.
-            filters: Which pairs count; by default all that are no tie.
+            filters: Which pairs count, and for how much; by default all that are no tie, every prompt the same.
             mistakes: What becomes of entries that are not as they should be.
             unfit: What becomes of pairs that are too long, or that the model's chat format has no words for.
             place: Layout, devices and dtype.
@@ -77,7 +76,7 @@ def _report(
     from rlhf.data.accounts import Account
     from rlhf.data.batches import in_order
     from rlhf.data.filters import kept, select, survey
-    from rlhf.data.pair_rows import judged_rows, token_pairs
+    from rlhf.data.pair_rows import debiased_pairs, judged_rows, token_pairs
     from rlhf.data.reading import check_form, read_records
     from rlhf.data_cli import tallied
     from rlhf.reward import Heldout
@@ -91,13 +90,15 @@ def _report(
         tokenizer = load_tokenizer(companion_directory(model))
         with tallied(mistakes) as tally:
             found = list(read_records(files, tally, form))
-        surveyed = survey(found, config, lambda text: len(tokenizer.encode(text)))
-        selection = select(surveyed, config)
+        undebiased = dataclasses.replace(config, balance=False, weigh="pair")
+        surveyed = survey(found, undebiased, len)
+        selection = select(surveyed, undebiased)
         account = Account("preferences", total=len(surveyed.pairs))
         for step in selection.steps:
             account.leave_out(f"by filter {step.name!r}", step.dropped)
         records = [pair for _, pair in kept(found, selection)]
         pairs = token_pairs(records, tokenizer, length, account, unfit)
+        records, pairs = debiased_pairs(records, pairs, config, None, account)
         heldout = Heldout(in_order(judged_rows(records, pairs, length), batch_size), layout)
         card = grade(scored(scorer, heldout, records, pairs), _history(model))
     console = Console(soft_wrap=True, highlight=False)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from glm_jax.scalar import ScalarModel
 from rlhf.card.card import Scored
@@ -19,7 +20,16 @@ def scored(
     pairs: Sequence[TokenPair],
 ) -> Scored:
     """The model's scores of `pairs` of `records`, which `heldout` holds in their order."""
-    chosen, rejected = heldout.scores(model)
+    return scored_pairs(*heldout.scores(model), records, pairs)
+
+
+def scored_pairs(
+    chosen: Float[np.ndarray, " P"],
+    rejected: Float[np.ndarray, " P"],
+    records: Sequence[Preference],
+    pairs: Sequence[TokenPair],
+) -> Scored:
+    """Scores of both sides of `pairs`, with what `records` say of them."""
     judged = [records[pair.record] for pair in pairs]
     prompts, dialogues = _Numbers(), _Numbers()
     answers = _Numbers()

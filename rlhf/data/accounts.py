@@ -50,7 +50,7 @@ class Account:
             places = self.named.get(reason, [])
             shown = ", ".join([*places, "..."] if len(places) < count else places)
             reasons.append(f"{count:,} {reason}" + f" ({shown})" * bool(places))
-        name = f"{SIDES[self.side]}{NAMES[self.table]}"
+        name = f"{SIDES[self.side]}{NAMES.get(self.table, self.table)}"
         return f"{self.used:,} of {self.total:,} {name} used; left out: {'; '.join(reasons)}"
 
 

@@ -82,7 +82,7 @@ def debiased_pairs(
             rejected_length=np.array([len(pair.rejected) for pair in pairs], np.int32),
         )
     keep, weight = debiased(table, config)
-    account.leave_out("by length balance", int((~keep).sum()))
+    account.leave_out("by filter 'length balance'", int((~keep).sum()))
     if not keep.any():
         raise UserError(
             f"preferences: {account.line()}; give more data, or let lengths be: filters.balance = False"

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -62,7 +62,7 @@ def weighed(rows: Judged | Packed) -> list[tuple[tuple[int, ...], int, float]]:
     return [(tuple(a[: a.index(2)]), len(a) - len(b), weight) for (a, b), weight in found]
 
 
-def split_of(judged: list[tuple[str, int, int, float | None]]) -> Split:
+def split_of(judged: Sequence[tuple[str, int, int, float | None]]) -> Split:
     """Pairs of prompts and lengths, those with a number stating their weight; three held out."""
     records = [
         Preference(
@@ -144,7 +144,7 @@ def test_the_constructed_set_of_rankings_against_single_pairs(characters: Tokeni
     config = FilterConfig(edges=EDGES)
     kept, _ = debiased_pairs(records, pairs, config, None, account)
     assert len(kept) == len(records) == 900, "nothing to drop: as many on either side"
-    prompts = defaultdict(int)
+    prompts: dict[str, int] = defaultdict(int)
     for pair in kept:
         prompts[str(pair.prompt)] += 1
     old = [(len(p.chosen) - len(p.rejected), 1 / prompts[str(p.prompt)]) for p in kept]
@@ -190,7 +190,7 @@ def test_lengths_are_those_of_the_named_tokenizer(characters: Tokenizer, tmp_pat
     assert farthest(gaps, (1, 2, 4)) < ROUNDING < 0.01 < farthest(by_eye, (1, 2, 4))
 
 
-LINES = [
+LINES: list[dict[str, Any]] = [
     *({"prompt": f"r{n}", "responses": ["x" * k for k in (40, 30, 21, 10)]} for n in range(40)),
     *(
         {
@@ -264,7 +264,9 @@ def test_nothing_left_after_balancing_is_refused(characters: Tokenizer) -> None:
     records = [Preference(user_turn(f"p{n}"), "long" * 3, "s") for n in range(20)]
     split = Split(records, records[:2])
     config = Debiasing(FilterConfig(), None)
-    with pytest.raises(UserError, match="0 of 20 training pairs used; left out: 20 by length bal"):
+    with pytest.raises(
+        UserError, match="0 of 20 training pairs used; left out: 20 by filter 'length bal"
+    ):
         judged_data(split, characters, 30, RewardConfig(), config)
     assert len(weighed(judged_data(split, characters, 30, RewardConfig()).train)) == 20
 

@@ -172,11 +172,14 @@ def test_a_batch_looks_up_the_rows_it_is_asked_for() -> None:
     assert Watched.seen == [4, 5, 6]
 
 
-def test_a_prompt_that_is_too_long_is_named(tokenizer: ChatGLM3Tokenizer) -> None:
+def test_a_prompt_that_is_too_long_is_left_out_or_named(tokenizer: ChatGLM3Tokenizer) -> None:
     fine, bad = user_turn("灯光"), user_turn("毛巾" + "很亮，" * 40)
-    message = r"prompts: record 1 .* tokens, more than prompt_length = 14; "
-    with pytest.raises(UserError, match=message):
-        prompt_rows([Prompt(fine), Prompt(bad)], tokenizer, 14)
+    records = [Prompt(fine), Prompt(bad), Prompt(fine)]
+    assert prompt_rows(records, tokenizer, 14).row.tolist() == [0, 2]
+    with pytest.raises(
+        UserError, match=r"record 1 '毛巾.*: longer than prompt_length = 14 tokens; "
+    ):
+        prompt_rows(records, tokenizer, 14, unfit="refuse")
 
 
 def test_training_records_that_do_not_fit_are_left_out_whole(tokenizer: ChatGLM3Tokenizer) -> None:

@@ -246,9 +246,10 @@ def test_intents_are_capped_at_a_multiple_of_the_median() -> None:
     pairs, _ = filtered(data, replace(EVERYTHING, intent_cap=1.5))
     assert Counter(pair.task for pair in pairs) == {"chat": 15, "math": 10, "code": 10}
     backwards, _ = filtered(data[::-1], replace(EVERYTHING, intent_cap=1.5))
-    assert set(map(str, backwards)) == set(map(str, pairs))
+    texts = lambda found: {(str(p.prompt), p.chosen, p.rejected, p.task) for p in found}  # noqa: E731
+    assert texts(backwards) == texts(pairs)
     other, _ = filtered(data, replace(EVERYTHING, intent_cap=1.5, seed=1))
-    assert set(map(str, other)) != set(map(str, pairs))
+    assert texts(other) != texts(pairs)
 
 
 def test_annotators_who_agree_with_nobody_are_dropped() -> None:

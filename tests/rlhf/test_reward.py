@@ -16,6 +16,7 @@ from glm_jax.optim import OptimConfig
 from glm_jax.scalar import ScalarModel, scalar_model
 from glm_jax.tokenizers import ChatGLM3Tokenizer
 from glm_jax.weights import host_weights
+from rlhf.card.card import grade
 from rlhf.certify import FLOAT32
 from rlhf.data.batches import in_order, shuffled
 from rlhf.data.pair_rows import TokenPair, judged_rows, packed_rows, token_pairs
@@ -171,6 +172,35 @@ def test_heldout_figures_are_weighted_means_without_padding(
         loss += weight * np.log1p(np.exp(r - c))
     assert figures["heldout_accuracy"] == pytest.approx(right / sum(weights))
     assert figures["heldout_loss"] == pytest.approx(loss / sum(weights))
+
+
+def test_the_heldout_accuracy_is_that_of_the_report_card(
+    records: list[Preference], tokens: list[TokenPair], model: ScalarModel
+) -> None:
+    """One number of one name, and so the loss; whatever pairs weigh, and unlike the plain mean."""
+    weighed = [record._replace(weight=0.1 + n % 5) for n, record in enumerate(records)]
+    for of in (records, weighed):
+        with jax.set_mesh(LAYOUT.mesh()):
+            heldout = Heldout(in_order(judged_rows(of, tokens, LENGTH), 8), LAYOUT)
+            figures, found = heldout(model), scored(model, heldout, of, tokens)
+        card = grade(found)
+        # float32 weights against float64 ones: 2^-24 of each
+        assert figures["heldout_accuracy"] == pytest.approx(card.accuracy.value, rel=3e-7)
+        assert figures["heldout_loss"] == pytest.approx(card.calibration.nll, rel=3e-7)
+        assert card.accuracy.value != pytest.approx(
+            np.mean(found.chosen > found.rejected), rel=1e-3
+        )
+
+
+def test_the_smallest_weight_is_no_padding(
+    records: list[Preference], tokens: list[TokenPair], model: ScalarModel
+) -> None:
+    """A weight that float32 rounds to 0 leaves its row among the scored ones."""
+    light = [record._replace(weight=1e-60 if n == 3 else 1.0) for n, record in enumerate(records)]
+    with jax.set_mesh(LAYOUT.mesh()):
+        heldout = Heldout(in_order(judged_rows(light, tokens, LENGTH), 8), LAYOUT)
+        assert len(scored(model, heldout, light, tokens).chosen) == len(tokens)
+        assert 0 < heldout(model)["heldout_loss"] < 10
 
 
 def test_columns_of_the_report_card(

@@ -54,7 +54,8 @@ class FilesData:
 
     def paths(self) -> dict[str, Path]:
         """The files to read, by "field number"."""
-        tokenizer = sorted(self.tokenizer.iterdir()) if self.tokenizer else []
+        folder = self.tokenizer
+        tokenizer = sorted(folder.iterdir()) if folder and folder.is_dir() else []
         fields = {
             "sft": _listed(self.sft),
             "preferences": _listed(self.preferences),
@@ -144,7 +145,9 @@ class FilesData:
         """Pairs of either side, filtered; and those that all filters but length balancing leave."""
         records = self._records(self.preferences, Comparison, tell)
         found = [Found(where, record) for where, record in records]
-        surveyed = survey(found, self.filters, length_in(self.tokenizer))
+        surveyed = survey(
+            found, self.filters, length_in(self.tokenizer if self.filters.balance else None)
+        )
         held = np.array([self.heldout(record.prompt) for _, record in found], bool)
         held = held[surveyed.pairs.comparison]
         sides: list[list[Preference]] = []

@@ -15,10 +15,12 @@ import html
 import importlib.util
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from rlhf.data.accounts import Account
 from rlhf.data.records import (
     Example,
     Preference,
@@ -82,8 +84,11 @@ class ReviewsData:
     def debiasing(self) -> None:
         """All pairs count the same, whatever their length."""
 
-    def splits(self, tell: object = None) -> Splits:
-        """All records, in an order drawn by the seed; UserError on unusable files or fields."""
+    def splits(self, tell: Callable[[str], Any] | None = None) -> Splits:
+        """All records, in an order drawn by the seed; UserError on unusable files or fields.
+
+        `tell` receives a line that says how many reviews are left out, and why.
+        """
         require_fraction(self.heldout_fraction)
         if not 0 < self.opening_chars < self.min_chars <= self.max_chars:
             raise UserError(
@@ -91,8 +96,16 @@ class ReviewsData:
                 f"{self.max_chars} leave no review; have 0 < opening_chars < min_chars <= max_chars"
             )
         paths = self.paths()
-        pos, neg = distinct(read_text(paths["pos"])), distinct(read_text(paths["neg"]))
-        pos, neg = pos - neg, neg - pos  # a line in both files has no judgement
+        account = Account("reviews")
+        pos, neg = (distinct(read_text(paths[name]), account) for name in ("pos", "neg"))
+        both = pos & neg  # which has no judgement
+        account.leave_out("in both files", 2 * len(both))
+        pos, neg = pos - both, neg - both
+        for review in sorted((*pos, *neg)):
+            if reason := misfit(self, review):
+                account.leave_out(reason)
+        if tell is not None and (line := account.line()):
+            tell(line)
         return make_records(self, by_opening(self, pos), by_opening(self, neg))
 
 
@@ -129,19 +142,34 @@ def is_simplified(text: str) -> bool:
     return len(text) - len(text.encode("gb2312", "ignore").decode("gb2312")) <= 2
 
 
-def distinct(text: str) -> set[str]:
-    """The distinct cleaned reviews of a file."""
-    return {review for line in text.split("\n") if (review := clean(line))}
+def distinct(text: str, account: Account | None = None) -> set[str]:
+    """The distinct cleaned reviews of a file; `account` receives its lines and those that are none."""
+    lines = [clean(line) for line in text.split("\n") if line.strip()]
+    reviews = {line for line in lines if line}
+    if account is not None:
+        account.total += len(lines)
+        account.leave_out("without a buyer's word", lines.count(""))
+        account.leave_out("repeating another line", len(lines) - lines.count("") - len(reviews))
+    return reviews
+
+
+def misfit(data: ReviewsData, review: str) -> str | None:
+    """The reason to leave a review out; None where it fits."""
+    if len(review) < data.min_chars:
+        return f"shorter than min_chars = {data.min_chars}"
+    if len(review) > data.max_chars:
+        return f"longer than max_chars = {data.max_chars}"
+    if not _WORDS.fullmatch(review[: data.opening_chars]):
+        return "opening with a mark"
+    return None if is_simplified(review) else "not in simplified characters"
 
 
 def by_opening(data: ReviewsData, reviews: Iterable[str]) -> dict[str, list[str]]:
     """Opening -> what follows it in each review that fits `data`, in an order drawn by the seed."""
     rests = defaultdict(list)
     for review in sorted(reviews, key=lambda text: uniform_hash(data.seed, "review", text)):
-        opening, rest = review[: data.opening_chars], review[data.opening_chars :]
-        fits = data.min_chars <= len(review) <= data.max_chars
-        if fits and _WORDS.fullmatch(opening) and is_simplified(review):
-            rests[opening].append(rest)
+        if misfit(data, review) is None:
+            rests[review[: data.opening_chars]].append(review[data.opening_chars :])
     return dict(rests)
 
 

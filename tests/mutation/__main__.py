@@ -23,7 +23,7 @@ TESTS: dict[str, str] = {
     "rlhf/advantages.py": "rlhf/test_estimators.py",
     "rlhf/kl.py": "rlhf/test_estimators.py",
     "rlhf/losses.py": "rlhf/test_estimators.py rlhf/test_losses.py rlhf/test_loss_metrics.py",
-    "rlhf/ppo.py": "rlhf/test_ppo.py rlhf/test_ppo_iteration.py rlhf/test_estimators.py",
+    "rlhf/ppo.py": "rlhf/test_ppo_formulas.py",
     "rlhf/dpo.py": "rlhf/test_losses.py rlhf/test_reference.py",
     "rlhf/reward.py": "rlhf/test_reward_loss.py rlhf/test_losses.py",
     "rlhf/sft.py": "glm_jax/test_train.py",

@@ -62,4 +62,5 @@ PLACEMENT_KEYWORDS = frozenset(
     {"out_sharding", "in_specs", "out_specs", "check_vma", "spmd_axis_name", "prevent_cse"}
     | {"donate_argnums", "static_argnums", "static_argnames", "compiler_options"}
 )
-DEFAULT_AXES = {("axis", "softmax"), ("axis", "log_softmax")}  # the last, where none is given
+# (keyword, function) whose usual value here is the one it has when left out
+DEFAULTS = {("axis", "softmax"), ("axis", "log_softmax"), ("approximate", "gelu")}

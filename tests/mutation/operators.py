@@ -13,9 +13,9 @@ from tests.mutation.tables import (
     BINARY,
     COMPARISONS,
     DEFAULTS,
+    LEFT_CALLS,
+    LEFT_KEYWORDS,
     LIBRARIES,
-    PLACEMENT_CALLS,
-    PLACEMENT_KEYWORDS,
     SWAPPED,
     SYMBOLS,
     UNWRAPPED,
@@ -294,7 +294,7 @@ class _Visitor(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         """Another function, its argument alone, arguments exchanged, a keyword left out."""
         name = _last_name(node.func)
-        if name in PLACEMENT_CALLS:
+        if name in LEFT_CALLS:
             return
         if name in SWAPPED:
             end = self._end(node.func)
@@ -315,7 +315,7 @@ class _Visitor(ast.NodeVisitor):
         for argument in node.args:
             self.visit(argument)
         for keyword in node.keywords:
-            if keyword.arg not in PLACEMENT_KEYWORDS:
+            if keyword.arg not in LEFT_KEYWORDS:
                 if (keyword.arg, name) not in DEFAULTS:
                     self._drop(keyword)
                 self.visit(keyword.value)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from glm_jax.layers import (
+    MASKED,
     Rotation,
     from_heads,
     gated_mlp,
@@ -89,6 +90,13 @@ def test_remade_stores_inputs_and_recomputes_the_rest() -> None:
     assert len(jax.tree.leaves(pullback)) == 1 < len(jax.tree.leaves(plain_pullback))
     np.testing.assert_array_equal(value, plain)
     np.testing.assert_allclose(pullback(x)[0], plain_pullback(x)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_masked_logit_is_finite_and_has_probability_0(dtype: str) -> None:
+    logits = jnp.asarray([MASKED, -3e4, -3e4], dtype)
+    assert jax.nn.softmax(logits).tolist() == [0.0, 0.5, 0.5]
+    assert jax.nn.softmax(jnp.full(4, MASKED, dtype)).tolist() == [0.25] * 4
 
 
 # rotary embeddings

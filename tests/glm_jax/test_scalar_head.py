@@ -87,6 +87,11 @@ def test_a_head_begins_with_deviation_1_over_width_plus_1() -> None:
     # four deviations of the estimates from 4,096 samples
     assert w.std() * (width + 1) == pytest.approx(1.0, abs=4 / (2 * width) ** 0.5)
     assert w.mean() * (width + 1) == pytest.approx(0.0, abs=4 / width**0.5)
+    narrow = GLMConfig(8, 4, 1, 1, 1, 8, 8, max_length=8)
+    trunk = TrunkV2(jnp.zeros((1, 1)), None, jnp.zeros(1), narrow)
+    with jax.set_mesh(ONE.mesh()):
+        small = scalar_model(trunk, ONE, jax.random.key(0)).w_scalar
+    np.testing.assert_allclose(small, jax.random.normal(jax.random.key(0), (4,)) / 5, rtol=1e-6)
     fourth = (w**4).mean() / w.var() ** 2
     assert fourth == pytest.approx(3.0, abs=4 * (24 / width) ** 0.5)  # normal, not uniform (1.8)
 

@@ -99,6 +99,16 @@ def test_updates_follow_the_gradient_of_the_whole_batch(accumulate: int) -> None
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
+def test_accumulation_computes_one_piece_at_a_time(accumulate: int) -> None:
+    update, layout = _update(accumulate)
+    with jax.set_mesh(layout.mesh()):
+        state = init_state(_model(), SGD)
+        program = str(jax.make_jaxpr(update)(state, {"rows": layout.put((X, Y))}))
+    assert ("scan[" in program) == (accumulate > 1)
+    assert (f"f32[{ROWS // 2},{WIDTH}]" in program) == (accumulate > 1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_gradient_changes_no_weight_and_no_moment(bad: float, accumulate: int) -> None:
     descent = optax.chain(SGD, optax.scale(-RATE))

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from tests.mutation.tables import (
     BINARY,
     COMPARISONS,
-    DEFAULT_AXES,
+    DEFAULTS,
+    LEFT_CALLS,
+    LEFT_KEYWORDS,
     LIBRARIES,
-    PLACEMENT_CALLS,
-    PLACEMENT_KEYWORDS,
     SWAPPED,
     SYMBOLS,
     UNWRAPPED,
@@ -272,9 +272,9 @@ class _Visitor(ast.NodeVisitor):
             self._replace(node, str(2 * value if value else 1.0))
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
-        """Not the number of a dimension: another shape fails while tracing."""
+        """Not the number of a dimension: another shape fails while tracing, another spec moves data."""
         self.visit(node.value)
-        if isinstance(node.value, ast.Attribute) and node.value.attr == "shape":
+        if isinstance(node.value, ast.Attribute) and node.value.attr in ("shape", "spec"):
             return
         elements = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         for element in elements:
@@ -294,7 +294,7 @@ class _Visitor(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         """Another function, its argument alone, arguments exchanged, a keyword left out."""
         name = _last_name(node.func)
-        if name in PLACEMENT_CALLS:
+        if name in LEFT_CALLS:
             return
         if name in SWAPPED:
             end = self._end(node.func)
@@ -315,8 +315,8 @@ class _Visitor(ast.NodeVisitor):
         for argument in node.args:
             self.visit(argument)
         for keyword in node.keywords:
-            if keyword.arg not in PLACEMENT_KEYWORDS:
-                if (keyword.arg, name) not in DEFAULT_AXES:
+            if keyword.arg not in LEFT_KEYWORDS:
+                if (keyword.arg, name) not in DEFAULTS:
                     self._drop(keyword)
                 self.visit(keyword.value)
         if isinstance(node.func, ast.Attribute):

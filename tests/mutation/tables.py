@@ -57,9 +57,10 @@ UNWRAPPED = frozenset(  # f(x, ...) -> x
     | {"sigmoid", "log_sigmoid", "silu", "gelu", "stop_gradient", "fold_in", "sorted", "reversed"}
 )
 LIBRARIES = frozenset(("jax", "jnp", "np", "math", "nnx", "optax", "dataclasses"))
-PLACEMENT_CALLS = frozenset(("spec", "PartitionSpec", "NamedSharding", "TypeVar", "ParamSpec"))
-PLACEMENT_KEYWORDS = frozenset(
+LEFT_CALLS = frozenset(("spec", "PartitionSpec", "NamedSharding", "TypeVar", "ParamSpec"))
+LEFT_KEYWORDS = frozenset(
     {"out_sharding", "in_specs", "out_specs", "check_vma", "spmd_axis_name", "prevent_cse"}
-    | {"donate_argnums", "static_argnums", "static_argnames", "compiler_options"}
+    | {"donate_argnums", "static_argnums", "static_argnames", "compiler_options", "strict"}
 )
-DEFAULT_AXES = {("axis", "softmax"), ("axis", "log_softmax")}  # the last, where none is given
+# (keyword, function) whose usual value here is the one it has when left out
+DEFAULTS = {("axis", "softmax"), ("axis", "log_softmax"), ("approximate", "gelu")}

@@ -221,3 +221,17 @@ def test_heldout_figures_are_weighted_and_ignore_padding(model: ScalarModel) -> 
     right = math.fsum(w * (0.5 if c == r else float(c > r)) for c, r, w in pairs) / total
     loss = math.fsum(w * math.log1p(math.exp(r - c)) for c, r, w in pairs) / total
     assert figures == pytest.approx({"heldout_accuracy": right, "heldout_loss": loss}, rel=1e-6)
+
+
+def test_heldout_figures_are_float64(model: ScalarModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums with one digit more than float32 has."""
+    big = 2.0**24
+    heldout = Heldout([JUDGED._replace(weight=np.array([big, 1, 1, 0, 0, 0], np.float32))], ONE)
+    chosen = jnp.array([-1.0, -1.0, -1.0, 0, 0, 0])
+    monkeypatch.setattr(heldout, "_score", lambda model, batch: (chosen, jnp.full(6, big)))
+    with jax.set_mesh(ONE.mesh()):
+        assert heldout(model) == {"heldout_accuracy": 0.0, "heldout_loss": big + 1}
+    chosen = jnp.array([1.0, -1.0, -1.0, 0, 0, 0])
+    monkeypatch.setattr(heldout, "_score", lambda model, batch: (chosen, jnp.zeros(6)))
+    with jax.set_mesh(ONE.mesh()):
+        assert heldout(model)["heldout_accuracy"] == big / (big + 2)

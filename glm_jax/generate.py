@@ -100,7 +100,9 @@ def draw(
     noisy = warped
     if not sampling.greedy:  # the largest of log p + Gumbel noise is a draw from p
         keys = jax.vmap(jax.random.fold_in)(row_keys, number)
-        noisy += jax.vmap(partial(jax.random.gumbel, shape=warped.shape[1:]))(keys)
+        # of 64 bits: noise of 23, JAX's default, is at most 16, so that no token below e^-16 would be drawn
+        noise = partial(jax.random.gumbel, shape=warped.shape[1:], mode="highest")
+        noisy += jax.vmap(noise)(keys)
     token = _first_largest(noisy)
     hit = token[:, None] == jnp.arange(warped.shape[-1])
     logp = jnp.sum(jnp.where(hit, jax.nn.log_softmax(warped, axis=-1), 0.0), axis=-1)

@@ -151,7 +151,7 @@ def test_the_best_and_the_worst_make_a_pair_unless_all_are_equal() -> None:
     answers = _rows([[token] for token in (1, 2, 3, 4, 5, 6, 1, 2, 3)])
     scores = np.array([[0.5, 2.0, -1.0], [1.0, 1.0, 1.0], [3.0, 3.0, 2.0]])
     logp = np.arange(9.0).reshape(3, 3)
-    labelled = best_and_worst(answers, scores, logp)
+    labelled = best_and_worst(answers, scores, np.ones((3, 3), bool), logp, DPOConfig())
     assert labelled.pairs.chosen.ids[:, 1].tolist() == [2, 1]  # of equal ones the first
     assert labelled.pairs.rejected.ids[:, 1].tolist() == [3, 3]
     assert labelled.ref_logp.tolist() == [[1.0, 2.0], [6.0, 8.0]]

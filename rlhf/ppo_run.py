@@ -231,7 +231,9 @@ class PPORun(BaseRun):
                     self.log.note(doctors[0].summary)
 
             def watched(iterate: Iteration) -> Doctor:
-                table = Table(self.data.prompts.ids, self.data.prompts.valid, baseline)
+                every = self.data.prompts
+                answers = None if references is None else references.answers
+                table = Table(every.ids, every.valid, np.asarray(prompts.row), baseline, answers)
                 setting = setting_of(config, self.tokenizer, table=table, key=key)
                 doctors.append(Doctor(iterate, setting, strict=True))
                 return doctors[0]

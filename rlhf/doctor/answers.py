@@ -10,7 +10,13 @@ from rlhf.doctor.sampling import Stream, independence, uniformity, uniforms
 def inputs(e: Evidence) -> Finding:
     """Answers follow their prompts, `ppo.samples` each; baselines and keys belong to prompts and iteration."""
     config, prompts = e.setting.config, e.inputs.prompts
-    columns = prompts.ids.shape[1]
+    columns, width = prompts.ids.shape[1], e.mask.shape[1]
+    if width != columns + config.sampling.max_new_tokens:
+        return Finding(
+            "fail",
+            f"answers have {width - columns} columns, not {config.sampling.max_new_tokens}",
+            "ppo.sampling.max_new_tokens is not what rollouts are made with",
+        )
     ids, valid, _ = (x[:, :columns] for x in e.answers.sequences)
     wanted = [np.repeat(x, config.samples, axis=0) for x in (prompts.ids, prompts.valid)]
     seen = f"{len(prompts.ids)} prompts, {len(ids)} answers"
@@ -51,7 +57,7 @@ def inputs(e: Evidence) -> Finding:
 
 
 def _from_table(e: Evidence, seen: str) -> Finding:
-    table, prompts = e.setting.table, e.inputs.prompts
+    table, prompts, config = e.setting.table, e.inputs.prompts, e.setting.config
     if table is None:
         return Finding("pass", seen)
     rows = np.asarray(prompts.row)
@@ -62,18 +68,47 @@ def _from_table(e: Evidence, seen: str) -> Finding:
             f"{int(other.any(axis=1).sum())} prompts are not those of their row numbers",
             "row numbers of prompts are off: baselines of other prompts are subtracted",
         )
-    config = e.setting.config
+    if again := _drawn_again(e, rows, len(table.rows)):
+        return Finding("fail", again, "an epoch of prompts is a permutation: rows are drawn anew")
     subtracted = config.reference_baseline and config.advantage == "gae"
-    wanted = table.baseline[rows] if subtracted else np.zeros(len(rows))
-    if not np.array_equal(wanted.astype(np.float32), e.inputs.baseline):
-        row = int(np.flatnonzero(wanted.astype(np.float32) != e.inputs.baseline)[0])
+    wanted = table.baseline[rows] if subtracted else np.zeros(len(rows), np.float32)
+    if not np.array_equal(wanted, e.inputs.baseline):
+        row = int(np.flatnonzero(wanted != e.inputs.baseline)[0])
         return Finding(
             "fail",
             f"the baseline of prompt {rows[row]} is {e.inputs.baseline[row]:.4g}, its reference answer's score is "
             f"{wanted[row]:.4g}",
             "another prompt's baseline, or one that ppo.reference_baseline does not ask for",
         )
-    return Finding("pass", f"{seen}, baselines of their rows")
+    if not subtracted or e.reference_scores is None or table.answers is None:
+        return Finding("pass", f"{seen}, baselines of their rows")
+    own = np.clip(e.reference_scores, -config.score_clip, config.score_clip)
+    if config.truncated == "penalty":
+        lasts = [table.answers[row][-1:] for row in np.repeat(rows, config.samples)]
+        cut = np.array([not last or last[0] not in e.setting.stop_ids for last in lasts])
+        own = own - config.truncation_penalty * cut
+    return within(
+        e.baseline - own,
+        e.score_rounding,
+        "baselines and the reward model's scores of the reference answers",
+        "reference answers are scored in another way than rollouts: another closing token, clamp or penalty, or other "
+        "answers than those that are stored",
+    )
+
+
+def _drawn_again(e: Evidence, rows: np.ndarray, count: int) -> str:
+    """Prompts that come twice in one epoch of `count` prompts; empty where none does."""
+    first = (e.keys.number - 1) * len(rows)
+    if first // count != (first + len(rows) - 1) // count:
+        return ""  # the batch has the end of one epoch and the beginning of the next
+    if len(np.unique(rows)) < len(rows):
+        return f"{len(rows) - len(np.unique(rows))} prompts stand twice in one batch"
+    before = e.keys.rows_before
+    if before is not None and (first - 1) // count == first // count:
+        again = np.intersect1d(rows, before)
+        if len(again) and first - len(rows) >= first // count * count:
+            return f"{len(again)} prompts are those of the iteration before"
+    return ""
 
 
 def response_mask(e: Evidence) -> Finding:
@@ -253,6 +288,11 @@ def figures(e: Evidence) -> Finding:
         "kl_k2": (log_ratio**2).sum() / 2 / count,
         "entropy": -np.where(mask, np.asarray(x.logp, np.float64), 0.0).sum() / count,
         "score": float(np.asarray(x.scores, np.float64).mean()),
+        "reward": float((np.asarray(x.scores, np.float64) - e.baseline).mean()),
+        "advantage_std": np.sqrt(
+            np.where(x.counts, np.asarray(x.advantages, np.float64) ** 2, 0.0).sum()
+            / max(1, int(x.counts.sum()))
+        ),
         "length": mask.sum(axis=1).mean(),
         "ended": e.answers.ended.mean(),
     }

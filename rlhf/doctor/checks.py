@@ -17,6 +17,8 @@ from rlhf.doctor.answers import (
 )
 from rlhf.doctor.evidence import Evidence
 from rlhf.doctor.finding import Finding
+from rlhf.doctor.minibatches import minibatches
+from rlhf.doctor.optimizer import optimizer
 from rlhf.doctor.rewards import (
     kl_at_the_start,
     kl_estimators,
@@ -32,8 +34,6 @@ from rlhf.doctor.updates import (
     kl_coefficient,
     learning,
     loss_normalisation,
-    minibatches,
-    optimizer,
     ratio,
 )
 

@@ -8,10 +8,12 @@ import numpy as np
 
 from glm_jax.tokenizers import Tokenizer
 from rlhf.doctor.checks import OF_ROLLOUT, OF_UPDATE
-from rlhf.doctor.evidence import Evidence, Keys, Readers, Setting, Table, gather
+from rlhf.doctor.evidence import Evidence, Keys, Setting, Table, gather
 from rlhf.doctor.finding import FLOAT32, Finding
+from rlhf.doctor.minibatches import orders_of
+from rlhf.doctor.readers import Readers
 from rlhf.doctor.recorder import Losses, Recorder
-from rlhf.doctor.updates import Learnt, orders_of
+from rlhf.doctor.updates import Learnt
 from rlhf.ppo import Models, PPOConfig
 from rlhf.ppo_iteration import (
     UNHEARD,
@@ -53,7 +55,8 @@ class Doctor:
         self._keys: list[tuple[int, ...]] = []
         self._orders: list[np.ndarray] = []
         self._tokens: np.ndarray | None = None  # of the answers looked at last, -1 elsewhere
-        self._left: tuple[int, dict[str, Print]] | None = None  # learners after an iteration
+        self._rows: np.ndarray | None = None  # of the prompts looked at last
+        self._left: tuple[int, dict[str, Print], float] | None = None  # learners after an iteration
 
     def due(self, number: int) -> bool:
         """Whether to look at iteration `number`: the first two in which each role learns, and every n-th on demand."""
@@ -82,7 +85,9 @@ class Doctor:
         probing = not self._probed.issuperset(roles)
         recorder = Recorder(self.iterate, self._losses, probing)
         words = tuple(np.asarray(jax.random.key_data(key)).reshape(-1).tolist())
-        keys = Keys(number, words, self._expected_key(number), tuple(self._keys))
+        consecutive = self._left is not None and self._left[0] == number - 1
+        rows = self._rows if consecutive else None
+        keys = Keys(number, words, self._expected_key(number), tuple(self._keys), rows)
         found: list[Evidence] = []
 
         def rolled_out(midway: Midway) -> None:
@@ -95,6 +100,7 @@ class Doctor:
                 models,
                 inputs,
                 midway.rolled_out.figures,
+                learners.kl_coef,
                 before["actor"] == before["reference"],
                 [name for name, x in given.items() if x != before.get(name)],
                 self._tokens,
@@ -110,7 +116,8 @@ class Doctor:
         done = recorder.programs(learners, models, inputs, key, actor_learns, watching)
         after = _prints(models, done[0])
         evidence = found[0]._replace(updates=tuple(recorder.updates), probes=tuple(recorder.probes))
-        learnt = self._learnt(number, actor_learns, before, after, recorder, done[0].kl_coef)
+        coefs = learners.kl_coef, done[0].kl_coef
+        learnt = self._learnt(number, actor_learns, before, after, recorder, coefs)
         for name, examine in OF_UPDATE.items():
             self._note(name, examine(evidence, learnt))
         self._conclude()
@@ -120,7 +127,8 @@ class Doctor:
         self._orders += orders_of(evidence)
         ids, _, target = evidence.answers.sequences
         self._tokens = np.where(target, ids, -1)
-        self._left = number, after
+        self._rows = np.asarray(inputs.prompts.row)
+        self._left = number, after, done[0].kl_coef
         return done
 
     def _expected_key(self, number: int) -> tuple[int, ...] | None:
@@ -136,7 +144,7 @@ class Doctor:
         before: dict[str, Print],
         after: dict[str, Print],
         recorder: Recorder,
-        kl_coef: float,
+        kl_coefs: tuple[float, float],
     ) -> Learnt:
         config = self.setting.config
         each = config.epochs * config.minibatches
@@ -146,6 +154,7 @@ class Doctor:
             carried = {
                 role: before[f"{role} state"] == left[f"{role} state"] for role in _roles(before)
             }
+            carried["KL coefficient"] = kl_coefs[0] == self._left[2]
         actor_before = max(0, number - 1 - config.critic_warmup) * each
         start, last = self._start, recorder.last
         return Learnt(
@@ -155,7 +164,7 @@ class Doctor:
             carried=carried,
             returned={role: after[f"{role} state"] == x for role, x in last.items()},
             done={"critic": (number - 1) * each, "actor": actor_before},
-            kl_coef=kl_coef,
+            kl_coef=kl_coefs[1],
             orders=tuple(self._orders),
         )
 

@@ -1,6 +1,5 @@
 """An iteration of PPO on the host, beside the doctor's own readings of the same networks."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,22 +9,24 @@ import numpy as np
 
 from glm_jax.batch import Sequences
 from glm_jax.generate import Generation
-from glm_jax.model import CausalLM
-from glm_jax.scalar import ScalarModel
 from rlhf.doctor.finding import FLOAT32, Rounding
-from rlhf.doctor.network import Readings, precise, read_scalar, read_tokens
+from rlhf.doctor.network import Readings
+from rlhf.doctor.readers import Readers, as_trained
 from rlhf.doctor.recorder import Probed, Recorder, Updated, rounding_matters
+from rlhf.doctor.variations import Probe, probe, turned
 from rlhf.ppo import Experience, Models, PPOConfig
-from rlhf.ppo_iteration import Inputs, Iteration
+from rlhf.ppo_iteration import Inputs
 from sharding.processes import fetch
 
 
 class Table(NamedTuple):
-    """All prompts that PPO may draw, and the score of each one's reference answer."""
+    """All prompts of a run, and the reference answer of each with its score."""
 
     ids: np.ndarray  # int32 [N, P], left-padded
     valid: np.ndarray  # bool [N, P]
+    rows: np.ndarray  # int [M], those that PPO trains on
     baseline: np.ndarray  # float32 [N]
+    answers: Sequence[Sequence[int]] | None = None  # token ids; None: there are none
 
 
 class Setting(NamedTuple):
@@ -54,6 +55,9 @@ class Evidence(NamedTuple):
     inputs: Inputs
     answers: Generation
     baseline: np.ndarray  # float32 [B], of each answer's prompt
+    reference_scores: (
+        np.ndarray | None
+    )  # float64 [B], the doctor's own of each prompt's reference answer, not clamped
     passed_baseline: np.ndarray  # float32 [B], that the experience was given
     strangers: tuple[
         str, ...
@@ -69,7 +73,7 @@ class Evidence(NamedTuple):
     score_rounding: Rounding
     value_rounding: Rounding
     turned: Any  # the experience the same answers with the padding on the other side; None: there is none
-    probe: "Probe | None"
+    probe: Probe | None
     others: Mapping[str, tuple[np.ndarray, np.ndarray]]  # stream -> its tokens and where they count
     keys: "Keys"
     updates: tuple[Updated, ...] = ()
@@ -82,17 +86,6 @@ class Evidence(NamedTuple):
         return mask
 
 
-class Probe(NamedTuple):
-    """The experience of other models of the same shapes, in float32: it shows which of them each field is made of."""
-
-    baseline: np.ndarray
-    kl_coef: float
-    experience: Any  # an Experience of host arrays
-    own: Readings
-    scores: np.ndarray
-    values: np.ndarray | None
-
-
 class Keys(NamedTuple):
     """Random keys of iterations, as words."""
 
@@ -100,58 +93,9 @@ class Keys(NamedTuple):
     now: tuple[int, ...]
     expected: tuple[int, ...] | None
     before: tuple[tuple[int, ...], ...]  # of iterations that were looked at earlier
-
-
-class Readers:
-    """The doctor's own programs, compiled once."""
-
-    def __init__(self, iterate: Iteration) -> None:
-        self.iterate = iterate
-        self.layout = dataclasses.replace(iterate.layout, accumulate=1)
-        sampling = iterate.config.sampling
-        self._tokens = jax.jit(partial(read_tokens, sampling=sampling, layout=self.layout))
-        self._scalar = jax.jit(partial(read_scalar, layout=self.layout))
-
-    def tokens(
-        self,
-        policy: CausalLM,
-        reference: CausalLM,
-        sequences: Sequences,
-        support: jax.Array | None,
-        others: np.ndarray,
-        edge: float,
-        wide: bool = False,
-    ) -> Readings:
-        """See `read_tokens`; `wide`: in float32 at the highest precision. On the host."""
-        if wide:
-            policy, reference = precise(policy), precise(reference)
-        moved = jax.device_put(
-            others,
-            jax.sharding.NamedSharding(
-                jax.sharding.get_mesh(), self.layout.spec(None, "batch", "time")
-            ),
-        )
-        with jax.default_matmul_precision("highest" if wide else None):
-            found: Readings = fetch(
-                self._tokens(policy, reference, sequences, support, moved, np.float32(edge))
-            )
-        return found
-
-    def scalar(self, model: ScalarModel, sequences: Sequences, wide: bool = False) -> np.ndarray:
-        """float64 [B, T], the head's output at every position."""
-        with jax.default_matmul_precision("highest" if wide else None):
-            found = self._scalar(precise(model) if wide else model, sequences.ids, sequences.valid)
-        return np.asarray(fetch(found), np.float64)
-
-    def scores(self, model: ScalarModel, read: Sequences, wide: bool = False) -> np.ndarray:
-        """float64 [B], the reward model's output at the last token of each row; `read` lies on the host."""
-        values = self.scalar(model, self.layout.put(read), wide)
-        last = read.valid.shape[1] - 1 - np.argmax(read.valid[:, ::-1], axis=1)
-        return values[np.arange(len(last)), last]
-
-    def values(self, model: ScalarModel, sequences: Sequences, wide: bool = False) -> np.ndarray:
-        """float64 [B, T], the critic's output before each token."""
-        return np.pad(self.scalar(model, sequences, wide)[:, :-1], ((0, 0), (1, 0)))
+    rows_before: np.ndarray | None = (
+        None  # of the prompts of the iteration before, where that was looked at
+    )
 
 
 def gather(
@@ -161,6 +105,7 @@ def gather(
     frozen: Models,
     inputs: Inputs,
     metrics: Mapping[str, float],
+    kl_coef: float,
     same: bool,
     strangers: Sequence[str],
     before: np.ndarray | None,
@@ -173,7 +118,7 @@ def gather(
     experience was given and should not have been; `before`: tokens of the answers that were looked at last.
     """
     assert recorder.seen is not None and recorder.experience is not None
-    given, answers, passed, kl_coef = recorder.seen
+    given, answers, passed, _ = recorder.seen
     models = given._replace(reference=frozen.reference, reward=frozen.reward)
     baseline = np.repeat(np.asarray(inputs.baseline), setting.config.samples)
     experience, sampling = recorder.experience, setting.config.sampling
@@ -200,6 +145,7 @@ def gather(
 
     exact_to = partial(Rounding, np.zeros(0))
     closed = as_trained(host, setting.stop_id)
+    references = _references(setting, inputs, closed)
     scores = readers.scores(models.reward, closed)
     score_floor = setting.tolerance * max(1.0, float(np.abs(scores).max(initial=0.0)))
     score_rounding = exact_to(score_floor)
@@ -220,6 +166,7 @@ def gather(
         inputs=Inputs(fetch_rows(inputs.prompts), np.asarray(inputs.baseline), inputs.sft_batches),
         answers=host,
         baseline=baseline,
+        reference_scores=None if references is None else readers.scores(models.reward, references),
         passed_baseline=passed,
         strangers=tuple(strangers),
         experience=recorded,
@@ -236,8 +183,8 @@ def gather(
         else measured(own.ref_logp[mask], wide.ref_logp[mask], floor),
         score_rounding=score_rounding,
         value_rounding=value_rounding,
-        turned=_turned(readers.iterate, models, host, baseline, kl_coef),
-        probe=_probe(readers, models, answers, closed, kl_coef, edge) if probing else None,
+        turned=turned(readers.iterate, models, host, baseline, kl_coef),
+        probe=probe(readers, models, answers, closed, kl_coef, edge) if probing else None,
         others=streams,
         keys=keys,
     )
@@ -248,17 +195,23 @@ def fetch_rows(rows: Any) -> Any:
     return jax.tree.map(np.asarray, rows)
 
 
-def as_trained(answers: Generation, stop_id: int) -> Sequences:
-    """Sequences in the format of reward training, row by row: prompt, answer, `stop_id` in place of a stop token."""
-    ids, valid, target = answers.sequences
-    ids, valid = (np.pad(x, ((0, 0), (0, 1))) for x in (ids, valid))
-    for row in range(len(ids)):
-        columns = np.flatnonzero(target[row])
-        if not len(columns):
-            continue
-        end = columns[-1] + (0 if answers.ended[row] else 1)
-        ids[row, end], valid[row, end] = stop_id, True
-    return Sequences(ids, valid, np.pad(target, ((0, 0), (0, 1))))
+def _references(setting: Setting, inputs: Inputs, like: Sequences) -> Sequences | None:
+    """Prompts with their reference answers, each closed as in reward training, in the shape of `like`."""
+    table, config = setting.table, setting.config
+    if table is None or table.answers is None or not config.reference_baseline:
+        return None
+    rows = np.repeat(np.asarray(inputs.prompts.row), config.samples)
+    start = table.ids.shape[1]
+    ids, valid = np.zeros_like(like.ids), np.zeros_like(like.valid)
+    ids[:, :start], valid[:, :start] = table.ids[rows], table.valid[rows]
+    for place, row in enumerate(rows):
+        answer = list(table.answers[row])
+        if answer and answer[-1] in setting.stop_ids:
+            answer.pop()
+        answer.append(setting.stop_id)
+        ids[place, start : start + len(answer)] = answer
+        valid[place, start : start + len(answer)] = True
+    return Sequences(ids, valid, np.zeros_like(valid))
 
 
 def _streams(
@@ -292,90 +245,3 @@ def _streams(
 
 def _right(x: np.ndarray) -> np.ndarray:
     return np.pad(x[:, :-1], ((0, 0), (1, 0)))
-
-
-# final norms of the probe's models, as multiples: every model is another one, none is far from what it was
-SCALES: Mapping[str, float] = {"actor": 0.8, "critic": 1.3, "reference": 1.2, "reward": 0.7}
-
-
-def _probe(
-    readers: Readers,
-    models: Models,
-    answers: Generation,
-    closed: Sequences,
-    kl_coef: float,
-    edge: float,
-) -> Probe:
-    changed = models._replace(
-        **{
-            name: _rescaled(model, SCALES[name])
-            for name, model in models._asdict().items()
-            if model is not None
-        }
-    )
-    wide = rounding_matters(models.actor)
-    if wide:
-        changed = precise(changed)
-    baseline = np.linspace(-0.5, 0.5, len(closed.ids)).astype(np.float32)
-    coef = 0.1 if kl_coef == 0.0 else 2 * kl_coef
-    with jax.default_matmul_precision("highest" if wide else None):
-        experience, _, _ = readers.iterate.experience_of(
-            changed, answers, readers.layout.put(baseline), np.float32(coef)
-        )
-    no_others = np.zeros((4, *closed.ids[:, :-1].shape), np.int32)[: _num_streams(readers)]
-    own = readers.tokens(
-        changed.actor,
-        changed.reference,
-        answers.sequences,
-        experience.support,
-        no_others,
-        edge,
-        wide,
-    )
-    values = None
-    if changed.critic is not None:
-        values = readers.values(changed.critic, answers.sequences, wide)
-    scores = readers.scores(changed.reward, closed, wide)
-    host: Experience = fetch(experience._replace(support=None))
-    return Probe(baseline, coef, host, own, scores, values)
-
-
-def _num_streams(readers: Readers) -> int:
-    return 4 if readers.iterate.config.samples > 1 else 3
-
-
-def _rescaled(model: Any, scale: float) -> Any:
-    trunk = model.trunk
-    return dataclasses.replace(
-        model, trunk=dataclasses.replace(trunk, final_norm=trunk.final_norm * scale)
-    )
-
-
-def _turned(
-    iterate: Iteration,
-    models: Models,
-    answers: Generation,
-    baseline: np.ndarray,
-    kl_coef: float,
-) -> Experience | None:
-    """The experience of the same answers with left padding moved to the right, by the same program, moved back."""
-    shift = np.argmax(answers.sequences.valid, axis=1)
-    if not shift.any():
-        return None
-    sequences, logp = jax.tree.map(lambda x: _rolled(x, -shift), (answers.sequences, answers.logp))
-    put = iterate.layout.put
-    generation = Generation(Sequences(*put(sequences)), put(logp), put(answers.ended))
-    experience, _, _ = iterate.experience_of(models, generation, put(baseline), np.float32(kl_coef))
-    host: Experience = fetch(experience._replace(support=None))
-
-    def back(x: Any) -> Any:
-        return _rolled(x, shift) if x.ndim == 2 else x
-
-    moved: Experience = jax.tree.map(back, host)
-    return moved
-
-
-def _rolled(x: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Row b of [B, T] rolled right by shift[b]."""
-    column = (np.arange(x.shape[1]) - shift[:, None]) % x.shape[1]
-    return np.take_along_axis(x, column, axis=1)

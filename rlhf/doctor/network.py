@@ -232,7 +232,7 @@ def actor_parts(
     parts = {
         "policy_loss": -mean(gain),
         "sft_loss": -jnp.sum(sft_logp, where=sft.target) / counts.sft,
-        "ratio_mean": mean(ratio),
+        "approx_kl": mean(ratio - 1.0 - jnp.where(counted, logp - rows.logp, 0.0)),
     }
     loss = parts["policy_loss"] + config.sft_weight * parts["sft_loss"]
     if config.kl.place == "loss":

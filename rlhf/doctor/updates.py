@@ -8,14 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from glm_jax.optim import OptimConfig
-from rlhf.doctor.adamw import Arrays, follow, gradient_in, learning_rate
+from rlhf.doctor.adamw import Arrays, gradient_in
 from rlhf.doctor.evidence import Evidence
 from rlhf.doctor.finding import HEADROOM, Finding, first_failure, judged
 from rlhf.doctor.recorder import Loss, Probed, Updated
 from rlhf.ppo import PPOConfig
 
 GRADIENT = 2e-3  # relative distance of two gradients in float32, sums of many terms that cancel
-FACTORIAL = 13  # rows from which on two equal orders are no accident
 
 
 class Learnt(NamedTuple):
@@ -24,29 +23,33 @@ class Learnt(NamedTuple):
     actor_learns: bool
     frozen: Mapping[str, bool | None]  # a frozen model is as at the start; None: its memory is gone
     changed: Mapping[str, bool]  # a model that learns is another than before its updates
-    carried: Mapping[str, bool]  # a learner came as the iteration before had left it
+    carried: Mapping[
+        str, bool
+    ]  # a learner, or the KL coefficient, came as the iteration before had left it
     returned: Mapping[str, bool]  # a learner is returned as its last update left it
     done: Mapping[str, int]  # position in each role's schedule before this iteration
     kl_coef: float  # of the next iteration
     orders: tuple[np.ndarray, ...]  # of rows, in iterations looked at before
 
 
-def _of(e: Evidence, role: str) -> list[Updated]:
+def updates_of(e: Evidence, role: str) -> list[Updated]:
+    """The updates of a role, in order."""
     return [x for x in e.updates if x.role == role]
 
 
-def _sound(x: Updated) -> bool:
+def is_sound(x: Updated) -> bool:
+    """Whether an update's gradient is finite; else nothing was learnt from it."""
     return math.isfinite(x.metrics["grad_norm"])
 
 
 def _probes(e: Evidence) -> list[Probed]:
     """Those of roles that have a finite gradient at all."""
-    return [x for x in e.probes if any(map(_sound, _of(e, x.role)))]
+    return [x for x in e.probes if any(map(is_sound, updates_of(e, x.role)))]
 
 
 def ratio(e: Evidence, learnt: Learnt) -> Finding:
     """The first update begins with the policy that sampled: its ratio is 1 at every token."""
-    updates = _of(e, "actor")
+    updates = updates_of(e, "actor")
     if not updates:
         return Finding("skip", "the actor did not learn (ppo.critic_warmup)")
     first, counted = updates[0].metrics, int(updates[0].rows.counts.sum())
@@ -73,8 +76,8 @@ def loss_normalisation(e: Evidence, learnt: Learnt) -> Finding:
     found += [
         _parts(e, x, 1.5, f"update {i + 1} of the {role}")
         for role in ("critic", "actor")
-        for i, x in enumerate(_of(e, role))
-        if _sound(x)
+        for i, x in enumerate(updates_of(e, role))
+        if is_sound(x)
     ]
     return first_failure(found or [Finding("skip", "no update")])
 
@@ -106,6 +109,7 @@ def _parts(e: Evidence, x: Updated | Probed, reach: float, where: str) -> Findin
         limits["sft_loss"] = of_sft.of_mean(ones)
         away = np.abs(rows.logp.astype(np.float64) - rows.ref_logp)[counts]
         limits["kl_loss"] = of_logp.of_mean(away + 0.1)
+        limits["approx_kl"] = of_logp.of_mean(0.5 * reach * ones)
         limits["policy_entropy"] = of_logp.of_mean(4 * ones)
     found = []
     for name, limit in limits.items():
@@ -133,6 +137,7 @@ _ADVICE: Mapping[str, str] = {
     "value_loss": f"values are clipped on the wrong side or further than ppo.value_clip, or {_MEANS}",
     "sft_loss": f"its sign is turned, or {_MEANS}",
     "kl_loss": f"the KL is not k3 of the policy from the reference (but from the policy that sampled?), or {_MEANS}",
+    "approx_kl": f"it is not k3 of the policy that sampled from this one, or {_MEANS}",
     "policy_entropy": f"its sign is turned, its support another, or {_MEANS}",
 }
 
@@ -197,9 +202,9 @@ def gradient(e: Evidence, learnt: Learnt) -> Finding:
         numbers[x.role] += 1
         if x.precise is not None or x.role not in doubts:
             doubts[x.role] = _doubt(x.own, x.precise)
-        if not _sound(x) or x.own.norm < 1e-9:
+        if not is_sound(x) or x.own.norm < 1e-9:
             continue
-        config = _optim(e, x.role)
+        config = optim_of(e, x.role)
         clip = min(1.0, config.clip_norm / x.own.norm)
         recovered = gradient_in(x.before, x.after, config)
         gap, norm = _distance(recovered, x.own.gradient, clip)
@@ -220,145 +225,18 @@ def gradient(e: Evidence, learnt: Learnt) -> Finding:
     return first_failure(found or [Finding("skip", "no update")])
 
 
-def _optim(e: Evidence, role: str) -> OptimConfig:
+def optim_of(e: Evidence, role: str) -> OptimConfig:
+    """Settings of a role's optimizer."""
     config = e.setting.config
     return config.actor if role == "actor" else config.critic
-
-
-def minibatches(e: Evidence, learnt: Learnt) -> Finding:
-    """Every epoch visits every row once, in an order of its own."""
-    config = e.setting.config
-    size = config.batch_size // config.minibatches
-    orders: list[np.ndarray] = []
-    for role in ("critic", "actor"):
-        visited = [x.visited for x in _of(e, role)]
-        if not visited:
-            continue
-        wanted = config.epochs * config.minibatches
-        if len(visited) != wanted and config.stop_kl is None:
-            return Finding(
-                "fail",
-                f"{len(visited)} updates of the {role}, not {wanted}",
-                "ppo.epochs x ppo.minibatches",
-            )
-        for epoch in range(0, len(visited), config.minibatches):
-            rows = visited[epoch : epoch + config.minibatches]
-            order = np.concatenate(rows)
-            twice = len(order) - len(np.unique(order))
-            if twice or order.min() < 0 or order.max() >= config.batch_size:
-                return Finding(
-                    "fail",
-                    f"an epoch of the {role} visits {twice} rows twice",
-                    "minibatches are sampled with replacement: an epoch is a permutation of the batch",
-                )
-            if any(len(x) != size for x in rows):
-                return Finding(
-                    "fail", f"a minibatch of the {role} has not {size} rows", "ppo.minibatches"
-                )
-            if len(rows) == config.minibatches and (role == "critic" or not _of(e, "critic")):
-                orders.append(order)
-    if not all(x.experience for x in e.updates):
-        return Finding(
-            "fail", "an update has another experience than the iteration's", "stale experience"
-        )
-    earlier = list(learnt.orders)
-    for order in orders:
-        same = any(np.array_equal(order, x) for x in earlier)
-        if same and config.batch_size >= FACTORIAL:
-            return Finding(
-                "fail",
-                "two epochs visit their rows in the same order",
-                "the key of the shuffle is not folded with the epoch or the iteration",
-            )
-        earlier.append(order)
-    if not e.updates:
-        return Finding("skip", "no update")
-    return Finding("pass", f"{len(orders)} epochs visit every row once, in orders of their own")
-
-
-def orders_of(e: Evidence) -> list[np.ndarray]:
-    """The order of rows in every whole epoch of an iteration."""
-    config = e.setting.config
-    role = "critic" if _of(e, "critic") else "actor"
-    visited = [x.visited for x in _of(e, role)]
-    starts = range(0, len(visited) - config.minibatches + 1, config.minibatches)
-    return [np.concatenate(visited[i : i + config.minibatches]) for i in starts]
-
-
-def optimizer(e: Evidence, learnt: Learnt) -> Finding:
-    """Moments, steps and weights follow AdamW, with decay of matrices alone and the scheduled learning rate."""
-    found: list[Finding] = []
-    for role in ("critic", "actor"):
-        updates, done = _of(e, role), learnt.done[role]
-        lost = [name for name, same in learnt.carried.items() if name == role and not same]
-        if lost:
-            return Finding(
-                "fail",
-                f"the {role}'s weights or optimizer are not as the iteration before left them",
-                "moments, step or weights are lost between iterations",
-            )
-        for i, x in enumerate(updates):
-            if not _sound(x):
-                continue
-            found.append(_followed(e, x, f"update {i + 1} of the {role}", done + i))
-    return first_failure(found or [Finding("skip", "no update")])
-
-
-def _followed(e: Evidence, x: Updated, where: str, done: int) -> Finding:
-    """`done`: position in the role's schedule before this update."""
-    config = e.setting.config
-    optim = _optim(e, x.role)
-    if x.before.step != done:
-        return Finding(
-            "fail",
-            f"{where} is number {x.before.step + 1} of its state, and should be {done + 1}",
-            "steps are counted in iterations, or lost between them",
-        )
-    ahead = {after - before for before, after in zip(x.before.counts, x.after.counts, strict=True)}
-    if x.after.step != x.before.step + 1 or ahead != {1}:
-        return Finding("fail", f"{where} counts as {sorted(ahead)} steps", "an update is one step")
-    iterations = config.iterations - (config.critic_warmup if x.role == "actor" else 0)
-    total = max(1, iterations * config.epochs * config.minibatches)
-    number = min(x.after.counts)
-    rate = learning_rate(optim, done + 1, total) if e.setting.scheduled else optim.learning_rate
-    followed = follow(x.before, x.after, optim, rate, number)
-    if not e.setting.scheduled:
-        rate *= followed.rate
-        followed = follow(x.before, x.after, optim, rate, number)
-    name = max(followed.moments, key=lambda n: followed.moments[n])
-    if not followed.moments[name] <= 1.0:
-        return Finding(
-            "fail",
-            f"the second moment of {name} after {where} is not beta2 v + (1 - beta2) g^2",
-            "moments are lost between updates, or beta1 and beta2 differ from the optimizer's fields",
-        )
-    if e.setting.scheduled and not abs(followed.rate - 1.0) <= 1e-2:
-        return Finding(
-            "fail",
-            f"{where} takes {followed.rate:.3f} of the learning rate {rate:.3g}",
-            "the schedule is another: counted in iterations, over updates in which the role does not learn, or begun "
-            f"anew (ppo.{x.role})",
-        )
-    name = max(followed.decay, key=lambda n: followed.decay[n], default="")
-    if name and not followed.decay[name] <= 1.0:
-        return Finding(
-            "fail",
-            f"{where} shrinks {name} by another weight decay than it should",
-            "weight decay applies to matrices and embeddings, not to norms and biases (weight_decay)",
-        )
-    name = max(followed.step, key=lambda n: followed.step[n])
-    if not followed.step[name] <= 1.0:
-        return Finding(
-            "fail",
-            f"{where} moves {name} by another step than AdamW's ({followed.step[name]:.1f} times the limit)",
-            "epsilon inside the root, no correction of the moments' bias, or another epsilon (eps)",
-        )
-    return Finding("pass", f"moments and weights follow AdamW at {rate:.3g}")
 
 
 def kl_coefficient(e: Evidence, learnt: Learnt) -> Finding:
     """The next KL coefficient rises where the KL is above its target, and falls where it is below."""
     config = e.setting.config
+    if not learnt.carried.get("KL coefficient", True):
+        lost = f"the KL coefficient is {e.kl_coef:.4g}, not as the iteration before left it"
+        return Finding("fail", lost, "the coefficient that adapts is lost between iterations")
     kl, expected = config.kl, e.kl_coef
     if kl.target is not None and learnt.actor_learns:
         count = e.mask.sum()
@@ -394,9 +272,9 @@ def frozen(e: Evidence, learnt: Learnt) -> Finding:
 
 def learning(e: Evidence, learnt: Learnt) -> Finding:
     """What is to learn has changed, and what is not has not."""
-    ready = [role for role in learnt.changed if _of(e, role)]
+    ready = [role for role in learnt.changed if updates_of(e, role)]
     still = [role for role in ready if not learnt.changed[role]]
-    if still and all(x.own.norm == 0.0 for role in still for x in _of(e, role)):
+    if still and all(x.own.norm == 0.0 for role in still for x in updates_of(e, role)):
         seen = f"{' and '.join(still)} did not change: every gradient is 0"
         advice = "no token counts (ppo.truncated = mask, every answer cut off), or all rewards tie"
         return Finding("warn", seen, advice)

@@ -66,7 +66,7 @@ def test_a_run_with_a_planted_bug_stops(
 ) -> None:
     plant, line = BUGS[name]
     plant(monkeypatch)
-    options = ["--output-dir", str(tmp_path / "run"), "--ppo.batch-size", "8", "--sft.steps", "2"]
-    assert main(["run", str(RECIPE), *options, "--reward.steps", "2"]) == 1
+    options = ["--output-dir", str(tmp_path / "run"), "--layout", "dp", "--devices", "8"]
+    assert main(["run", str(RECIPE), *options, "--sft.steps", "2", "--reward.steps", "2"]) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert "the doctor stopped PPO: inputs:" in error and line in error

@@ -38,8 +38,9 @@ class Account:
         """Count records that are left out."""
         if count:
             self.left_out[reason] = self.left_out.get(reason, 0) + count
-            if where and len(self.named.setdefault(reason, [])) < NAMED:
-                self.named[reason].append(where)
+            places = self.named.setdefault(reason, [])
+            if where and where not in places and len(places) < NAMED:
+                places.append(where)
 
     def line(self) -> str | None:
         """One line that says it all; None where nothing is left out."""
@@ -47,7 +48,7 @@ class Account:
             return None
         reasons = []
         for reason, count in self.left_out.items():
-            places = self.named.get(reason, [])
+            places = self.named[reason]
             shown = ", ".join([*places, "..."] if len(places) < count else places)
             reasons.append(f"{count:,} {reason}" + f" ({shown})" * bool(places))
         name = f"{SIDES[self.side]}{NAMES.get(self.table, self.table)}"

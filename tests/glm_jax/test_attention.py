@@ -1,18 +1,26 @@
 """Attention's own backward pass against the derivative JAX takes of the plain formula."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
+    SplashAttentionKernel,
+)
 
-from glm_jax.attention import Sight, attention, over_sequences, own_groups
+import glm_jax.attention
+from glm_jax.attention import Sight, attention, over_sequences, own_groups, splash_attention
 from glm_jax.layers import MASKED
 from sharding.layout import Layout, get_layout
 from tests.glm_jax.exact import assert_as_exact, exact_attention
 
 B, T, S, N, H = 2, 5, 7, 4, 8
+Patch = pytest.MonkeyPatch
 
 
 def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -110,6 +118,99 @@ def test_attention_over_sequences_follows_the_mask_of_its_sight() -> None:
     real = np.asarray(sight.segments)[:, :, None, None] > 0
     expected = _plain(q, k, v, sight.mask())
     np.testing.assert_allclose(np.where(real, found - expected, 0), 0, atol=1e-5)
+
+
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+
+def _dispatched(arrays: list[jax.Array], sight: Sight, layout: Layout, patch: Patch) -> list[Call]:
+    """The kernels called by two programs, with their arguments."""
+    calls: list[Call] = []
+
+    def record(kernel: str) -> Callable[..., jax.Array]:
+        def call(*arguments: Any, **options: Any) -> jax.Array:
+            calls.append((kernel, arguments, options))
+            return arrays[0]
+
+        return call
+
+    for kernel in ("splash_attention", "cudnn_attention", "attention"):
+        patch.setattr(glm_jax.attention, kernel, record(kernel))
+    for _ in range(2):
+        over_sequences(sight, layout)(*arrays)
+    return calls
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm", "cpu"])
+def test_every_device_gets_its_kernel_with_its_arguments(platform: str, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(glm_jax.attention, "mesh_platform", lambda: platform)
+    cases = itertools.product((7, 8, 64, 128, 136), ("float32", "bfloat16"), (1, 2), (False, True))
+    for width, dtype, stages, prefix in cases:
+        sight = Sight(jnp.ones((1, 3), int), jnp.arange(3)[None] if prefix else None)
+        layout = Layout(pipe=stages)
+        arrays = [jnp.full((1, 3, 1, width), number, dtype) for number in range(3)]
+        calls = _dispatched(arrays, sight, layout, monkeypatch)
+        fits = dtype == "bfloat16" and width in (8, 64, 128) and stages == 1
+        fused = {"tpu": "splash_attention", "cuda": "cudnn_attention" if fits else "attention"}
+        assert [kernel for kernel, *_ in calls] == [fused.get(platform, "attention")] * 2
+        for kernel, given, _ in calls:
+            assert all(a is b for a, b in zip(given[:3], arrays, strict=True))
+            assert given[4] is layout
+            if kernel == "splash_attention":
+                assert given[3] is sight
+            else:
+                np.testing.assert_array_equal(given[3], sight.mask())
+        options = [option for *_, option in calls]
+        if platform == "tpu":  # two pipelines of a program need kernels of two names
+            names = [option["name"] for option in options]
+            assert names == [None, None] if stages == 1 else len({None, *names}) == 3
+        elif platform == "cuda" and fits:
+            assert options == [{"causal": not prefix}] * 2
+
+
+def test_queries_of_the_splash_kernel_are_scaled_in_float32(monkeypatch: Patch) -> None:
+    """A scale rounded to bfloat16 would be wrong by up to 2^-9."""
+    seen: list[jax.Array] = []
+
+    def record(attend: Any, inputs: Any, layout: Layout) -> jax.Array:
+        seen.append(inputs[0])
+        return inputs[0]
+
+    monkeypatch.setattr(glm_jax.attention, "_on_every_device", record)
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 128, 1, H)), jnp.bfloat16)
+    with jax.set_mesh(Layout().mesh()):
+        splash_attention(q, q, q, Sight(jnp.ones((1, 128), int)), Layout())
+    exact = np.asarray(q, np.float64) / H**0.5
+    np.testing.assert_array_equal(seen[0], jnp.asarray(exact, jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("length", "block"),
+    [(128, 128), (256, 256), (384, 128), (512, 512), (768, 256), (1024, 512), (8192, 512),
+     (8320, 128), (8704, 512)],
+)  # fmt: skip
+def test_blocks_of_the_splash_kernel(length: int, block: int, monkeypatch: Patch) -> None:
+    """The largest that divide; gradients come of one kernel up to 8,192 tokens, of two beyond."""
+    made: list[tuple[Any, dict[str, Any]]] = []
+    kernel = object.__new__(SplashAttentionKernel)
+
+    def record(mask: Any, **options: Any) -> SplashAttentionKernel:
+        made.append((mask, options))
+        return kernel
+
+    monkeypatch.setattr(glm_jax.attention.splash, "make_splash_mha_single_device", record)
+    assert glm_jax.attention._splash_kernel(3, length, None, True, "a name") is kernel
+    ((mask, options),) = made
+    sizes = dataclasses.asdict(options.pop("block_sizes"))
+    assert options == {"interpret": True, "residual_checkpoint_name": "a name"}
+    assert mask.shape == (3, length, length)
+    assert mask[0, 5:7, 4:8].tolist() == [[True, True, False, False], [True, True, True, False]]
+    fused = length <= 8192
+    assert sizes["use_fused_bwd_kernel"] == fused
+    for name in ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"):
+        assert sizes[name] == block, name
+    for name in ("block_q_dq", "block_kv_dq"):
+        assert sizes[name] == (None if fused else block), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -30,7 +30,7 @@ TESTS: dict[str, str] = {
     "rlhf/rollout.py": "rlhf/test_rollout.py",
     "rlhf/data/filters.py": "rlhf/test_data_filters.py",
     "glm_jax/loss.py": "glm_jax/test_loss.py rlhf/test_losses.py",
-    "glm_jax/generate.py": "glm_jax/test_generate.py glm_jax/test_sampler.py glm_jax/test_continuous.py",
+    "glm_jax/generate.py": "glm_jax/test_generate_loop.py",
     "glm_jax/optim.py": "glm_jax/test_adamw.py",
     "glm_jax/train.py": "glm_jax/test_train.py",
     "glm_jax/metrics.py": "glm_jax/test_metrics.py",

@@ -309,9 +309,9 @@ class _Visitor(ast.NodeVisitor):
         # exchanged arguments of a library function fail while tracing
         if _root(node.func) not in LIBRARIES | {"isinstance", "zip"}:
             for left, right in _exchangeable(node.args):
-                self._emit(
-                    self._start(left), self._end(right), f"{self._text(right)}, {self._text(left)}"
-                )
+                one, other = self._text(left), self._text(right)
+                if one != other:
+                    self._emit(self._start(left), self._end(right), f"{other}, {one}")
         for argument in node.args:
             self.visit(argument)
         for keyword in node.keywords:

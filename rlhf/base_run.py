@@ -19,6 +19,7 @@ from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer
 from glm_jax.train import Report
 from rlhf.data.prepare import build_tables, fingerprint, open_tables
 from rlhf.data.records import Splits
+from rlhf.outdir import DATA
 from rlhf.progress import NOT_KEPT, Progress
 from rlhf.recipe import BaseRecipe
 from rlhf.runlog import RunLog, Stage
@@ -70,7 +71,7 @@ class BaseRun:
         data = self.recipe.data
         name = told_by_first(partial(fingerprint, data))
         self.progress.require_same("data", name)
-        root = self.directory / "data" / name
+        root = self.directory / DATA / name
         on_first(partial(build_tables, data, root, tables, self.log.note))
         return together(partial(open_tables, data, root, tables))
 

@@ -25,7 +25,7 @@ import numpy as np
 from glm_jax.config import Config, GLMConfig, GLMV1Config, Head
 from glm_jax.hf.classifier import read_head
 from glm_jax.hf.config import RELEASED_TOKENS, Form, Tokens, form_of, from_hf, read_fields
-from glm_jax.hf.tables import check_tensors
+from glm_jax.hf.tables import BLOCK, check_tensors, weight_shapes
 from glm_jax.hf.tensors import Source, check_biases, load_weights
 from glm_jax.model import CausalLM
 from glm_jax.scalar import INIT, ScalarModel, head_of
@@ -135,6 +135,33 @@ def card_with(directory: Path, head: Head) -> Card:
     )
 
 
+def check_weights(directory: Path, head: Head) -> Card:
+    """`card_with`, where the weights are there and have the shapes that they should; reads headers alone.
+
+    Raises UserError.
+    """
+    card = card_with(directory, head)
+    if not is_checkpoint(directory):
+        open_source(directory)
+        return card
+    stored, wanted = checkpoint.shapes(directory / "weights"), stored_shapes(card)
+    for keys, shape in wanted.items():
+        found = stored[keys].shape if keys in stored else "none"
+        if found != shape:
+            raise UserError(
+                f"{directory}: the shape of {'.'.join(keys)} is {found}, model.json wants {shape}"
+            )
+    return card
+
+
+def stored_shapes(card: Card) -> dict[checkpoint.Keys, tuple[int, ...]]:
+    """Shapes of the arrays of a checkpoint: layers [1, layer, ...], a vocabulary without padding."""
+    return {
+        keys_of(path): (1, card.config.num_layers, *shape) if path.startswith(BLOCK) else shape
+        for path, shape in weight_shapes(card.config, card.head).items()
+    }
+
+
 def open_source(directory: Path) -> Source:
     """The tensors of a Hugging Face directory, checked against its config.json. Raises UserError."""
     card = card_of(directory)
@@ -147,18 +174,19 @@ def open_source(directory: Path) -> Source:
 
 
 def load_model(
-    directory: Path, layout: Layout, compute_dtype: str = "float32", dtype: str = "float32"
+    directory: Path, layout: Layout, compute_dtype: str, dtype: str = "float32"
 ) -> CausalLM:
     """The model of a checkpoint or a Hugging Face directory, split as `layout` says on the current mesh.
 
-    `dtype` is that of the weights ("keep": as stored). Raises UserError.
+    `compute_dtype` is that of matrix products, of a run and not of a model; `dtype` that of the weights ("keep": as
+    stored). Raises UserError.
     """
     model: CausalLM = _load(directory, Head.VOCABULARY, layout, compute_dtype, dtype)
     return model
 
 
 def load_scalar(
-    directory: Path, layout: Layout, compute_dtype: str = "float32", dtype: str = "float32"
+    directory: Path, layout: Layout, compute_dtype: str, dtype: str = "float32"
 ) -> ScalarModel:
     """`load_model` of a reward model or critic. Raises UserError."""
     model: ScalarModel = _load(directory, Head.SCALAR, layout, compute_dtype, dtype)
@@ -218,7 +246,7 @@ def resave(directory: Path, layout: Layout, out: Path) -> None:
         raise UserError(f"{out} exists already: choose another name or remove it")
     card = Card.read(directory)
     load = load_scalar if card.head is Head.SCALAR else load_model
-    model = load(directory, layout, dtype="keep")
+    model = load(directory, layout, "float32", dtype="keep")
 
     def copy_companions(hf: Path) -> None:
         shutil.copytree(directory / "hf", hf, dirs_exist_ok=True)

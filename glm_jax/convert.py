@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from glm_jax.checkpoint import DTYPES, Card, card_of, keys_of, open_source
+from glm_jax.companions import check_companions
 from glm_jax.config import Head
 from glm_jax.hf.classifier import classifier_fields
 from glm_jax.hf.config import Form, to_hf
@@ -62,6 +63,7 @@ def import_hf(directory: Path, out: Path, dtype: str, layout: Layout | None, tel
         tell: receives what is worth knowing, a line at a time.
     """
     source = open_source(directory)
+    check_companions(directory)
     wanted = DTYPES[dtype]
     card = card_of(directory)
     count = num_parameters(source.config, source.head)

@@ -7,20 +7,20 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from glm_jax.checkpoint import card_of, is_checkpoint, keys_of
+from glm_jax.checkpoint import card_of, is_checkpoint, stored_shapes
+from glm_jax.companions import check_companions
 from glm_jax.config import Config, Head
 from glm_jax.hf.config import Form
 from glm_jax.hf.tables import (
-    BLOCK,
     BUFFERS,
     Row,
     num_parameters,
     tensor_names,
     tensor_shape,
-    weight_shapes,
 )
 from sharding import checkpoint
 from sharding.disk.find import find_tensors
+from sharding.errors import UserError
 
 # tensors that do not belong to a model of the family, by what their name holds
 FOREIGN = (
@@ -87,16 +87,18 @@ class Description:
 
 def describe(directory: Path) -> Description:
     """Describe a Hugging Face directory or a checkpoint without loading weights. Raises UserError."""
-    return _checkpoint(directory) if is_checkpoint(directory) else _hugging_face(directory)
+    found = _checkpoint(directory) if is_checkpoint(directory) else _hugging_face(directory)
+    try:
+        check_companions(directory)
+    except UserError as error:
+        return dataclasses.replace(found, problems=[*found.problems, ("tokenizer:", str(error))])
+    return found
 
 
 def _checkpoint(directory: Path) -> Description:
     card = card_of(directory)
     found = checkpoint.shapes(directory / "weights")
-    wanted = {
-        keys_of(path): (1, card.config.num_layers, *shape) if path.startswith(BLOCK) else shape
-        for path, shape in weight_shapes(card.config, card.head).items()
-    }
+    wanted = stored_shapes(card)
     problems = [(".".join(keys), "is missing") for keys in wanted if keys not in found]
     problems += [(".".join(keys), "is unknown") for keys in found if keys not in wanted]
     problems += [

@@ -181,8 +181,17 @@ class Trunk(nnx.Module):
         return self.finish(x)[:, 0], Cache(keys, values, real, position)
 
     def embed(self, ids: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
-        """Rows of the embedding table, in the compute dtype."""
-        rows = self.embedding.at[ids].get(out_sharding=layout.spec("batch", "time", "embed"))
+        """Rows of the embedding table, in the compute dtype; NaN for ids that the vocabulary does not have."""
+        if (
+            len(self.embedding) > self.config.vocab_size
+        ):  # rows of padding, for shards of equal size
+            ids = jnp.where(ids < self.config.vocab_size, ids, len(self.embedding))
+        rows = self.embedding.at[ids].get(
+            mode="fill",
+            fill_value=jnp.nan,
+            wrap_negative_indices=False,
+            out_sharding=layout.spec("batch", "time", "embed"),
+        )
         return rows.astype(self.config.compute_dtype)
 
     def compute_blocks(self) -> Any:

@@ -84,7 +84,7 @@ def read_golden(directory: Path) -> dict[str, dict[str, np.ndarray]]:
 def verify(directory: Path, layout: Layout) -> Iterator[Check]:
     """Run every case of `directory`/golden.npz under `layout`, on the mesh that is set."""
     golden, source = read_golden(directory), open_source(directory)
-    model = load_model(directory, layout)
+    model = load_model(directory, layout, "float32")
     if "native" in golden:  # the same forward pass as `full`
         golden["native"]["exact"] = golden["full"]["logits"]
     for case, fields in golden.items():

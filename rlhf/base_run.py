@@ -9,23 +9,18 @@ from typing import Any
 
 import jax
 
-from glm_jax.checkpoint import (
-    Card,
-    card_of,
-    companion_directory,
-    load_model,
-    load_scalar,
-    save_model,
-)
+from glm_jax.checkpoint import Card, card_of, load_model, load_scalar, save_model
+from glm_jax.companions import tokenizer_of
 from glm_jax.hf.config import Tokens, default_form
 from glm_jax.keeper import Keeper
 from glm_jax.model import CausalLM, init_model
 from glm_jax.scalar import ScalarModel
-from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer, load_tokenizer
+from glm_jax.tokenizers import ChatGLM3Tokenizer, Tokenizer
 from glm_jax.train import Report
 from rlhf.data.accounts import Accounts
 from rlhf.data.prepare import build_tables, fingerprint, open_accounts, open_tables
 from rlhf.data.records import Splits
+from rlhf.outdir import DATA
 from rlhf.progress import NOT_KEPT, Progress
 from rlhf.recipe import BaseRecipe
 from rlhf.runlog import RunLog, Stage
@@ -80,7 +75,7 @@ class BaseRun:
         """
         self.progress.require_same("data", told_by_first(partial(fingerprint, self.recipe.data)))
         data = self.recipe.data.undebiased()
-        root = self.directory / "data" / told_by_first(partial(fingerprint, data))
+        root = self.directory / DATA / told_by_first(partial(fingerprint, data))
         on_first(partial(build_tables, data, root, tables, self.log.note))
         self.accounts = together(partial(open_accounts, root, tables))
         return together(partial(open_tables, data, root, tables))
@@ -99,7 +94,7 @@ class BaseRun:
     def load_tokenizer(self, texts: Iterable[str]) -> Tokenizer:
         """The pretrained model's tokenizer, or one trained on `texts`."""
         if self.recipe.pretrained is not None:
-            return load_tokenizer(companion_directory(self.recipe.pretrained))
+            return tokenizer_of(self.recipe.pretrained)
         return ChatGLM3Tokenizer.train(texts, self.recipe.model.vocab_size)
 
     def load_model(self) -> CausalLM:

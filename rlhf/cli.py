@@ -24,7 +24,7 @@ from rlhf import (
     plan_cli,
     reward_cli,
 )
-from rlhf.recipe_file import load_recipe, override
+from rlhf.recipe_file import load_recipe, override, resume_command
 from sharding.disk.paths import absolute_paths
 from sharding.errors import LostPeers, UserError
 
@@ -142,16 +142,17 @@ def run_recipe(path: Path, options: Sequence[str]) -> None:
     from sharding.processes import is_first, peers_explained
 
     recipe, how = _started("run", path, options, Resume())
+    command = resume_command(path, options)
     try:
         with peers_explained():
             _run(recipe, how) if isinstance(recipe, Recipe) else _run_reward(recipe, how)
     except Stopped as stopped:
         if is_first():
-            print(f"glm-jax: stopped {stopped}; everything is saved, the same command goes on")
+            print(f"glm-jax: stopped {stopped}; everything is saved. Resume with: {command}")
     except JaxRuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"a device or its runtime failed ({reason}): the same command goes on from the last snapshot"
+            f"a device or its runtime failed ({reason}). Resume from the last snapshot with: {command}"
         ) from error
 
 

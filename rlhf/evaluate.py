@@ -1,6 +1,7 @@
 """Measures of a policy on held-out data: likelihood, answers, and an outside judge."""
 
 import dataclasses
+import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
@@ -57,19 +58,24 @@ class Answers:
         }
 
 
+def require_judge(name: Literal["snownlp", "oracle"]) -> None:
+    """Raise UserError where the judge's package is missing; loads nothing."""
+    if name == "snownlp" and importlib.util.find_spec("snownlp") is None:
+        raise UserError(
+            f"evaluate.judge = {name} needs the snownlp package: pip install 'glm-jax[demo]'"
+        )
+
+
 def load_judge(name: Literal["snownlp", "oracle"]) -> Judge:
     """SnowNLP's Bayes classifier of Chinese sentiment, in [0, 1], or the oracle's gold reward, in [-2, 2].
 
     Raises UserError where the package is missing.
     """
+    require_judge(name)
     if name == "oracle":
         return gold_reward
-    try:
-        from snownlp import sentiment
-    except ImportError:
-        raise UserError(
-            f"evaluate.judge = {name} needs the snownlp package: pip install 'glm-jax[demo]'"
-        ) from None
+    from snownlp import sentiment
+
     # a text of stop words only leaves it nothing to judge
     return lambda text: float(sentiment.classify(text)) if text.strip() else 0.5
 

@@ -298,20 +298,17 @@ def _inspect(directory: Path) -> int:
 def _opened(model: Path, sampling: Sampling, place: Place) -> "Iterator[Chat]":
     """Model and tokenizer, ready to answer. Raises UserError."""
     from glm_jax.chat import Chat
-    from glm_jax.checkpoint import companion_directory, load_model
-    from glm_jax.tokenizers import load_tokenizer
+    from glm_jax.checkpoint import card_with, load_model
+    from glm_jax.companions import tokenizer_of
+    from glm_jax.config import Head
 
     config = sampling.config()
-    tokenizer = load_tokenizer(companion_directory(model))
+    card_with(model, Head.VOCABULARY)
+    tokenizer = tokenizer_of(model)
     with place.open() as layout:
         split = layout.for_generation()
         kind = place.kind()
         loaded = load_model(model, split, kind, kind)
-        if tokenizer.vocab_size > loaded.trunk.config.vocab_size:
-            raise UserError(
-                f"{model}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the model has "
-                f"{loaded.trunk.config.vocab_size}: they do not belong together"
-            )
         yield Chat(loaded, tokenizer, config, split, sampling.seed)
 
 

@@ -11,13 +11,16 @@ from typing import Any
 
 from rlhf.progress import FOLDER, JOURNAL
 from rlhf.runlog import METRICS_FILE, TENSORBOARD_FOLDER
-from sharding.disk.directory import finite
+from rlhf.submission import require_submission, submission
+from sharding.disk.directory import finite, write_json
 from sharding.disk.lock import NAME as LOCK
 from sharding.disk.lock import locked
 from sharding.disk.paths import same
 from sharding.errors import UserError
 
 RECIPE_FILE = "recipe.json"
+SUBMISSION_FILE = "submission.json"
+DATA = "data"  # folder of tables, which are found by their contents
 ADVICE = "choose another --output-dir"
 # of what was being written when a run was killed
 LEFTOVERS = (".*.partial-*", ".*.old-*", ".*.tmp")
@@ -29,7 +32,8 @@ class Resume:
 
     resume: bool = False  # go on with a run; an error where there is none
     resume_with_changes: bool = False  # go on with it although the recipe has changed
-    restart: bool = False  # move it aside and begin anew
+    # move it aside and begin anew, once a submission: a requeued job resumes what it has begun
+    restart: bool = False
 
     def __post_init__(self) -> None:
         if self.restart and (self.resume or self.resume_with_changes):
@@ -42,19 +46,21 @@ def run_directory(
 ) -> Iterator[bool]:
     """Keep other runs out of `path`, which is a new folder, or one whose run goes on: True.
 
+    A run that has made no step is worth nothing: it begins anew in its folder, whatever recipe it had.
+
     `note` receives a line where an earlier run moves to the first free of `path.1`, `path.2`, ... Raises UserError
     where `path` cannot be written, is in use, or holds what is not to be touched.
     """
-    empty = _is_empty(path)
+    empty, restart = _is_empty(path), _restarts(path, how, note)
     with contextlib.ExitStack() as held:
         if not empty:
             held.enter_context(locked(path, ADVICE))
-        if not empty and holds_run(path) and not how.restart:
+        if not empty and holds_run(path) and not restart:
             _compare(path, recipe, how, note)
             _clear_leftovers(path)
             yield True
             return
-        if how.resume or how.resume_with_changes:
+        if (how.resume or how.resume_with_changes) and not holds_run(path):
             raise UserError(f"--resume: output_dir {path} holds no run that can go on")
         with _explained(path):
             if not empty:
@@ -64,7 +70,28 @@ def run_directory(
             path.mkdir(parents=True, exist_ok=True)
         _require_writable(path)
         held.enter_context(locked(path, ADVICE))
+        if (path / FOLDER).exists() and _is_barely_begun(path):
+            shutil.rmtree(path / FOLDER)
+        _clear_leftovers(path)
+        if name := submission().name:
+            write_json(path / SUBMISSION_FILE, {"name": name})
         yield False
+
+
+def _restarts(path: Path, how: Resume, note: Callable[[str], None]) -> bool:
+    """Whether a run in `path` is to begin anew: --restart says so, and it is not this submission that has begun it."""
+    if not how.restart:
+        return False
+    require_submission()
+    file, ours = path / SUBMISSION_FILE, submission()
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))["name"] if file.exists() else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        theirs = ""
+    if ours.repeats and ours.name == theirs:
+        note(f"--restart: this submission ({ours.name}) has begun the run: it resumes")
+        return False
+    return True
 
 
 def _is_empty(path: Path) -> bool:
@@ -83,12 +110,14 @@ def _is_empty(path: Path) -> bool:
 
 
 def _is_barely_begun(path: Path) -> bool:
-    """Whether a run that was killed at once has left no more than the names of its files."""
+    """Whether a run has ended before its first step, and left no more than files of a beginning."""
     names = {x.name.removeprefix(".").removesuffix(".tmp") for x in path.iterdir()}
     names = {name for name in names if not name.startswith("shared-")}  # of `check_shared`
     metrics = path / METRICS_FILE
     nothing_told = not metrics.exists() or metrics.stat().st_size == 0
-    return nothing_told and names <= {LOCK[1:], RECIPE_FILE, METRICS_FILE, TENSORBOARD_FOLDER}
+    nothing_saved = not any(x.name.isdecimal() for x in path.glob(f"{FOLDER}/*/*"))
+    known = {LOCK[1:], RECIPE_FILE, METRICS_FILE, TENSORBOARD_FOLDER, SUBMISSION_FILE, FOLDER, DATA}
+    return nothing_told and nothing_saved and names <= known
 
 
 def _require_writable(path: Path) -> None:

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 
 from glm_jax.batch import Prompts, Sequences
+from glm_jax.checkpoint import load_scalar
+from glm_jax.companions import check_same_tokenizer
 from glm_jax.config import Config
 from glm_jax.generate import Generation
 from glm_jax.model import CausalLM
@@ -30,7 +32,7 @@ from rlhf.ppo_loop import train_ppo
 from rlhf.progress import NOT_KEPT, Progress
 from rlhf.recipe import Recipe
 from rlhf.reference import References, draw_references
-from rlhf.reward_stage import JudgedData, judged_data, load_reward, reward_stage, summary_of
+from rlhf.reward_stage import JudgedData, judged_data, reward_stage, summary_of
 from rlhf.rollout import prompt_batches
 from rlhf.runlog import RunLog
 from rlhf.stage_keeper import Training
@@ -86,6 +88,9 @@ class PPORun(BaseRun):
             texts = (prompt_text(r.prompt) + r.response for r in splits.sft.train)
             self.tokenizer = together(partial(self.load_tokenizer, texts))
             self.data = together(partial(tokenized, splits, self.tokenizer, recipe, self.accounts))
+            if recipe.reward_model is not None:
+                alike = partial(check_same_tokenizer, recipe.reward_model, self.tokenizer)
+                together(partial(alike, self.data.texts))
         self.note_accounts()
 
     def make_samplers(self, config: Config) -> dict[str, Sampler]:
@@ -111,7 +116,7 @@ class PPORun(BaseRun):
         """The reward model and what the summary says of it: trained from the SFT model, or from elsewhere."""
         config, layout, path = self.recipe.reward, self.layout, self.recipe.reward_model
         if path is not None:
-            load = partial(load_reward, path, self.tokenizer, self.data.texts, layout)
+            load = partial(load_scalar, path, layout, self.recipe.model.compute_dtype)
             return together(load), {"from": str(path)}
         found = self.progress.done("reward")
         if found is not None:

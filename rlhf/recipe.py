@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from glm_jax.checkpoint import read_shape
-from glm_jax.config import Config, GLMConfig, check_context
+from glm_jax.checkpoint import check_weights
+from glm_jax.companions import check_same_tokenizer, tokenizer_of
+from glm_jax.config import Config, GLMConfig, Head, check_context
 from glm_jax.continuous import RolloutConfig
 from rlhf.data.accounts import Unfit
 from rlhf.data.files.files import FilesData
@@ -14,7 +15,7 @@ from rlhf.data.oracle.oracle import OracleData
 from rlhf.data.public import PublicData
 from rlhf.data.reviews.reviews import ReviewsData
 from rlhf.dpo import DPOConfig
-from rlhf.evaluate import EvaluateConfig
+from rlhf.evaluate import EvaluateConfig, require_judge
 from rlhf.outdir import RECIPE_FILE
 from rlhf.ppo import PPOConfig
 from rlhf.progress import SavingConfig
@@ -131,7 +132,10 @@ def check_training(recipe: BaseRecipe) -> tuple[Layout, Config]:
     named = get_layout(recipe.layout, recipe.devices)
     layout = dataclasses.replace(named, accumulate=recipe.accumulate, remat=recipe.remat)
     layout.mesh()  # enough devices?
-    shape = recipe.model if recipe.pretrained is None else read_shape(recipe.pretrained)
+    shape: Config = recipe.model
+    if recipe.pretrained is not None:
+        shape = check_weights(recipe.pretrained, Head.VOCABULARY).config
+        tokenizer_of(recipe.pretrained)
     shape.check(layout)
     check_context(shape, "length", recipe.length)
     return layout, shape
@@ -150,6 +154,9 @@ def check(recipe: Recipe) -> tuple[Layout, Layout]:
     for sampling in (recipe.ppo.sampling, recipe.dpo.sampling):
         total = recipe.prompt_length + sampling.max_new_tokens + 1  # and the appended stop token
         check_context(shape, "prompt_length + sampling.max_new_tokens + 1", total)
+    if recipe.reward_model is not None:
+        _check_scorer(recipe, recipe.reward_model, layout)
+    require_judge(recipe.evaluate.judge)
     layout.check_batch(recipe.sft.batch_size, "sft.batch_size")
     layout.check_batch(recipe.reward.batch_size, "reward.batch_size")
     layout.check_batch(recipe.dpo.batch_size, "dpo.batch_size")
@@ -161,3 +168,19 @@ def check(recipe: Recipe) -> tuple[Layout, Layout]:
     if recipe.rollout.slots is not None:
         recipe.rollout.check(generation, recipe.prompt_length)
     return layout, generation
+
+
+def _check_scorer(recipe: Recipe, directory: Path, layout: Layout) -> None:
+    """Raise UserError where a reward model from elsewhere cannot score what the recipe samples.
+
+    Its tokens are compared with the policy's once there is data (`check_same_tokenizer`).
+    """
+    scorer = check_weights(directory, Head.SCALAR).config
+    tokenizer_of(directory)
+    scorer.check(layout)
+    for name, sampling in (("ppo", recipe.ppo.sampling), ("dpo", recipe.dpo.sampling)):
+        total = recipe.prompt_length + sampling.max_new_tokens + 1
+        what = f"reward_model = {directory}: prompt_length + {name}.sampling.max_new_tokens + 1"
+        check_context(scorer, what, total)
+    if recipe.pretrained is not None:
+        check_same_tokenizer(directory, tokenizer_of(recipe.pretrained), ())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import runpy
+import shlex
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,3 +64,10 @@ def override(
         config=(tyro.conf.AvoidSubcommands,),
     )
     return absolute_paths(parsed.config), *(getattr(parsed, name) for name in groups)
+
+
+def resume_command(path: Path, options: Sequence[str]) -> str:
+    """The command that resumes `glm-jax run` with these options: without those that begin anew or accept changes."""
+    spent = {"--restart", "--resume-with-changes"}
+    words = [word for word in options if word.replace("_", "-") not in spent]
+    return shlex.join(["glm-jax", "run", str(path), *words])

@@ -12,8 +12,10 @@ import tyro
 from rlhf.data.filter_config import FilterConfig
 from rlhf.data.mistakes import OnMistake
 from rlhf.model_cli import Place
+from sharding.disk.paths import absolute
 
 Job = Callable[[], int | None]
+LENGTH = 1024  # tokens
 # judgements as they are: ties say nothing of a score, all else counts; every prompt the same, as in a run's card
 AS_JUDGED = FilterConfig(min_prompt_chars=0, votes="each", cycles="keep", balance=False)
 
@@ -29,7 +31,7 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
         files: tyro.conf.Positional[tuple[Path, ...]],
         out: Path,
         form: str | None = None,
-        length: int = 1024,
+        length: int | None = None,
         batch_size: int = 16,
         filters: FilterConfig = AS_JUDGED,
         mistakes: OnMistake = OnMistake.skip_all(),
@@ -43,7 +45,8 @@ def add_commands(app: tyro.extras.SubcommandApp) -> None:
             files: Comparisons of any form that `glm-jax data stats` reads.
             out: Directory to write the card to.
             form: What the files look like; default: told from their fields.
-            length: Longest answer with its prompt, in tokens; longer pairs are left out and counted.
+            length: Longest prompt with its answer, in tokens; longer pairs are left out and counted. Default: the
+                model's context, at most 1,024.
             batch_size: Pairs that are scored at a time.
             filters: Which pairs count, and for how much; by default all that are no tie, every prompt the same.
             mistakes: What becomes of entries that are not as they should be.
@@ -60,7 +63,7 @@ def _report(
     files: tuple[Path, ...],
     out: Path,
     form: str | None,
-    length: int,
+    length: int | None,
     batch_size: int,
     config: FilterConfig,
     mistakes: OnMistake,
@@ -69,8 +72,9 @@ def _report(
 ) -> None:
     from rich.console import Console
 
-    from glm_jax.checkpoint import companion_directory, load_scalar
-    from glm_jax.tokenizers import load_tokenizer
+    from glm_jax.checkpoint import card_with, load_scalar
+    from glm_jax.companions import tokenizer_of
+    from glm_jax.config import Head, check_context
     from rlhf.card.card import grade
     from rlhf.card.page import card_table, write_card
     from rlhf.data.accounts import Account
@@ -84,10 +88,13 @@ def _report(
     from sharding.disk.directory import new_directory
 
     check_form(form)
+    config_of_model = card_with(model, Head.SCALAR).config
+    length = min(LENGTH, config_of_model.max_length) if length is None else length
+    check_context(config_of_model, "--length", length)
+    tokenizer = tokenizer_of(model)
     with place.open() as layout:
         layout.check_batch(batch_size, "--batch-size")
         scorer = load_scalar(model, layout, place.kind())
-        tokenizer = load_tokenizer(companion_directory(model))
         with tallied(mistakes) as tally:
             found = list(read_records(files, tally, form))
         undebiased = dataclasses.replace(config, balance=False, weigh="pair")
@@ -114,7 +121,7 @@ def _report(
 
 def _history(model: Path) -> list[dict[str, Any]]:
     """How its training went, where the checkpoint lies in the directory of its run; else nothing."""
-    path = model.resolve().parents[1] / "metrics.jsonl"
+    path = absolute(model).parent.parent / "metrics.jsonl"
     if not path.exists():
         return []
     steps = map(json.loads, path.read_text(encoding="utf-8").splitlines())

@@ -2,13 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from glm_jax.batch import Judged
-from glm_jax.checkpoint import companion_directory, load_scalar
 from glm_jax.scalar import ScalarModel, scalar_model
-from glm_jax.tokenizers import Tokenizer, load_tokenizer
+from glm_jax.tokenizers import Tokenizer
 from glm_jax.trunk import Trunk
 from rlhf.base_run import BaseRun
 from rlhf.card.card import Card, grade
@@ -21,8 +19,6 @@ from rlhf.data.records import Preference, Split
 from rlhf.reward import Batch, Heldout, RewardConfig, train_reward
 from rlhf.scoring import scored
 from rlhf.stage_keeper import Training
-from sharding.errors import UserError
-from sharding.layout import Layout
 
 
 class JudgedData(NamedTuple):
@@ -94,30 +90,6 @@ def reward_stage(
         card = grade(scored(model, heldout, data.records, data.pairs), history, seed)
         run.save("reward", model)
     return model, card
-
-
-def load_reward(
-    directory: Path, tokenizer: Tokenizer, texts: Sequence[str], layout: Layout
-) -> ScalarModel:
-    """A reward model trained elsewhere, on the current mesh.
-
-    Raises UserError where it is none, or reads other tokens than `tokenizer`: it scores the policy's ids as they are.
-    `texts` are what both tokenizers are compared on.
-    """
-    theirs = load_tokenizer(companion_directory(directory))
-    advice = f"; reward_model = {directory} must have the policy's tokenizer"
-    for name in ("eos_id", "stop_ids", "prefix", "vocab_size"):
-        ours, other = getattr(tokenizer, name), getattr(theirs, name)
-        if ours != other:
-            raise UserError(
-                f"{name} of the reward model's tokenizer is {other}, of the policy's {ours}{advice}"
-            )
-    for text in texts:
-        if theirs.encode(text) != tokenizer.encode(text):
-            raise UserError(
-                f"the reward model's tokenizer reads {text[:20]!r} in other tokens than the policy's{advice}"
-            )
-    return load_scalar(directory, layout)
 
 
 def summary_of(card: Card) -> dict[str, Any]:

@@ -27,11 +27,16 @@ def prompt_batches(prompts: Prompts, answers: int, samples: int, sample: Sampler
     """Every prompt once, in order, in batches for `samples` answers each: `answers` in all, or a prompt's if more.
 
     Which prompts go together, and with it what they are answered, depends on no layout: where one needs more rows to
-    split, rows of padding make them up.
+    split, rows of padding make them up. The answers are scored in the pipeline's microbatches.
     """
-    rows = max(1, answers // samples)
-    ways = math.lcm(*(layout.ways("batch") for layout in (sample.training, sample.generation)))
-    return list(in_order(prompts, rows, -(-rows // ways) * ways))
+    rows, training = max(1, answers // samples), sample.training
+    pieces = training.ways("batch") * training.microbatches
+    unit = math.lcm(
+        training.ways("batch"),
+        sample.generation.ways("batch"),
+        pieces // math.gcd(pieces, samples),
+    )
+    return list(in_order(prompts, rows, -(-rows // unit) * unit))
 
 
 def require_scores(scores: np.ndarray, rows: np.ndarray, whose: str) -> None:

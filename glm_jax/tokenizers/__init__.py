@@ -29,10 +29,16 @@ __all__ = [
     "Message",
     "RanksTokenizer",
     "Tokenizer",
+    "holds_tokenizer",
     "load_tokenizer",
     "pad_left",
     "pad_right",
 ]
+
+
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer's files."""
+    return any((directory / name).is_file() for name in (v1.MODEL, v3.MODEL, glm4.FAST))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

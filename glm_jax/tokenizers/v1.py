@@ -32,11 +32,12 @@ class ChatGLMTokenizer(RoundTokenizer):
         """Args: the repository's tokenizer files; `where`, their directory in errors. Raises UserError."""
         self.files = files
         self._pieces = load_pieces(files[MODEL], where, HINT)
-        for piece in ("<pad>", "<eop>", "[gMASK]", "<sop>"):
+        for piece in ("<pad>", "<eop>", "[MASK]", "[gMASK]", "<sop>"):
             if self._pieces.PieceToId(piece) == self._pieces.unk_id():
                 raise UserError(f"{where}: holds no piece {piece}; {HINT}")
         self.vocab_size = self._pieces.vocab_size()
         self.pad_id = self._pieces.PieceToId("<pad>")
+        self.mask_id = self._pieces.PieceToId("[MASK]")
         self.eos_id = self._pieces.PieceToId("<eop>")
         self.stop_ids = (self.eos_id,)
         self.prefix = (self._pieces.PieceToId("[gMASK]"), self._pieces.PieceToId("<sop>"))

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from glm_jax.batch import Prompts
-from glm_jax.checkpoint import load_model, load_scalar
 from glm_jax.model import CausalLM
 from glm_jax.scalar import ScalarModel, scalar_model
 from glm_jax.train import init_state
@@ -84,7 +83,7 @@ class _Visit(PPORun):
         """The SFT model and whether it is trained."""
         path = self.directory / "checkpoints" / "sft"
         if path.exists():
-            return together(lambda: load_model(path, self.layout)), True
+            return self.saved_model("sft"), True
         return together(self.load_model), self.recipe.pretrained is not None
 
     def scorer(self, sft: CausalLM) -> tuple[ScalarModel, bool]:
@@ -93,7 +92,7 @@ class _Visit(PPORun):
         if self.recipe.reward_model is None and not path.exists():
             return scalar_model(sft.trunk, self.layout, self.key("reward")), False
         if self.recipe.reward_model is None:
-            return together(lambda: load_scalar(path, self.layout)), True
+            return self.saved_scalar("reward"), True
         return self.reward_model(sft)[0], True
 
     def baseline(self, sft: CausalLM, reward: ScalarModel, batch: Prompts) -> np.ndarray:

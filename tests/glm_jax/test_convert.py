@@ -19,6 +19,7 @@ from glm_jax.hf.config import Form, Tokens, read_fields
 from glm_jax.hf.tables import BUFFERS, transposed
 from glm_jax.hf.tensors import check_finite, read_shard
 from glm_jax.model import init_model
+from glm_jax.tokenizers import ChatGLM3Tokenizer
 from glm_jax.weights import host_weights
 from sharding.disk.find import find_tensors
 from sharding.disk.manifest import check_manifest, differing, hash_tensors
@@ -130,7 +131,7 @@ def test_a_checkpoint_loads_onto_every_layout(
             expected = host_weights(model, split)
         layout = get_layout(name, 1 if name == "single" else 8)
         with jax.set_mesh(layout.mesh()):
-            restored = load_model(directory, layout)
+            restored = load_model(directory, layout, "float32")
             assert restored.trunk.blocks.w_q.shape[0] == layout.pipe
             for path, weight in host_weights(restored, layout).items():
                 np.testing.assert_array_equal(weight, expected[path], err_msg=path)
@@ -139,7 +140,7 @@ def test_a_checkpoint_loads_onto_every_layout(
         export_hf(tmp_path / "again", tmp_path / "out", None, "keep", None, _quiet)
         with jax.set_mesh(Layout().mesh()):
             for path, weight in host_weights(
-                load_model(tmp_path / "out", Layout()), Layout()
+                load_model(tmp_path / "out", Layout(), "float32"), Layout()
             ).items():
                 np.testing.assert_array_equal(weight, expected[path], err_msg=path)
         shutil.rmtree(tmp_path / "out")
@@ -171,8 +172,8 @@ def test_a_streamed_checkpoint_is_the_model_of_its_directory(
     import_hf(source, tmp_path / "checkpoint", "keep", None, _quiet)
     layout = Layout() if name == "single" else Layout(fsdp=4, tensor=2)
     with jax.set_mesh(layout.mesh()):
-        expected = host_weights(load_model(source, layout), layout)
-        restored = load_model(tmp_path / "checkpoint", layout)
+        expected = host_weights(load_model(source, layout, "float32"), layout)
+        restored = load_model(tmp_path / "checkpoint", layout, "float32")
         assert restored.trunk.blocks.w_q.dtype == np.float32
         for path, weight in host_weights(restored, layout).items():
             np.testing.assert_array_equal(weight, expected[path], err_msg=path)
@@ -212,6 +213,8 @@ def test_companions_travel_and_weights_do_not(shared: Path, tmp_path: Path) -> N
     shutil.copytree(shared / "golden" / "chatglm3-6b", source)
     for path in (shared / "tokenizers" / "chatglm3-6b").iterdir():
         shutil.copyfile(path, source / path.name)
+    # a tokenizer that the model has rows for
+    ChatGLM3Tokenizer.train((f"say {n} good things" for n in range(300)), 300).save(source)
     (source / "modeling_chatglm.py").write_text("raise SystemExit('never run')\n")
     import_hf(source, tmp_path / "checkpoint", "keep", None, _quiet)
     export_hf(tmp_path / "checkpoint", tmp_path / "out", None, "keep", None, _quiet)

@@ -149,7 +149,7 @@ def test_scores_survive_disk_export_and_import(form: Form, tmp_path: Path) -> No
         import_hf(out, back, "keep", None, _quiet)
         for directory in (kept, out, back):
             assert card_of(directory).head is Head.SCALAR
-            loaded = load_scalar(directory, ONE)
+            loaded = load_scalar(directory, ONE, "float32")
             np.testing.assert_array_equal(np.asarray(loaded.w_scalar), head)
             np.testing.assert_array_equal(_scores(loaded, ONE), scores, err_msg=str(directory))
     found = find_tensors(out)
@@ -181,13 +181,13 @@ def test_scores_survive_sharding(form: Form, other: Form | None, name: str, tmp_
         export_hf(kept, out, other, "keep", None, _quiet)
         import_hf(out, back, "keep", layout, _quiet)
         for directory in (kept, out, back):
-            ours = _scores(load_scalar(directory, layout), layout)
+            ours = _scores(load_scalar(directory, layout, "float32"), layout)
             # scores of about 1 are sums through all layers, which another layout sums in another order
             atol = rounding(2 * terms_of(CONFIGS[form], ours.shape[-1]), 1.0)
             np.testing.assert_allclose(ours, scores, rtol=0, atol=atol)
     assert set(find_tensors(out)) == _names(other or form)
     with jax.set_mesh(ONE.mesh()):
-        np.testing.assert_array_equal(_scores(load_scalar(back, ONE), ONE), scores)
+        np.testing.assert_array_equal(_scores(load_scalar(back, ONE, "float32"), ONE), scores)
 
 
 def test_config_json_names_the_class(kept: Path, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_scores_are_those_of_the_original_classifier(
     batch = Sequences(golden["input_ids"], valid, valid)
     with jax.set_mesh(ONE.mesh()):
         score = jax.jit(sequence_scores, static_argnums=2)
-        scores = score(load_scalar(directory, ONE), ONE.put(batch), ONE)
+        scores = score(load_scalar(directory, ONE, "float32"), ONE.put(batch), ONE)
     logits = golden["logits"][:, 0] - golden["classifier_bias"][0]
     atol = 1e-5 * np.abs(golden["logits"]).max()  # glm_jax.verify.EXACT
     np.testing.assert_allclose(scores, logits, rtol=0, atol=atol)
@@ -284,8 +284,12 @@ def test_one_head_is_not_taken_for_the_other(kept: Path, tmp_path: Path, name: s
             scorer = tmp_path / "scorer"
             export_hf(kept, scorer, None, "keep", None, _quiet)
             export_hf(tmp_path / "checkpoint", wrong, None, "keep", None, _quiet)
-        assert f"{scorer} holds a scalar head" in _refused(lambda: load_model(scorer, ONE))
-        assert f"{wrong} holds a language model" in _refused(lambda: load_scalar(wrong, ONE))
+        assert f"{scorer} holds a scalar head" in _refused(
+            lambda: load_model(scorer, ONE, "float32")
+        )
+        assert f"{wrong} holds a language model" in _refused(
+            lambda: load_scalar(wrong, ONE, "float32")
+        )
     for directory, head in ((scorer, Head.SCALAR), (wrong, Head.VOCABULARY)):
         found = describe(directory)
         assert found.head is head and found.problems == []
@@ -295,7 +299,7 @@ def test_chatglm_6b_has_no_such_class(small_v1: GLMV1Config, tmp_path: Path) -> 
     with jax.set_mesh(ONE.mesh()):
         model = _scorer(small_v1, ONE)
         _keep(model, Form.CHATGLM, tmp_path / "kept")
-        head = np.asarray(load_scalar(tmp_path / "kept", ONE).w_scalar)
+        head = np.asarray(load_scalar(tmp_path / "kept", ONE, "float32").w_scalar)
     np.testing.assert_array_equal(head, np.asarray(model.w_scalar))
     assert describe(tmp_path / "kept").problems == []
     message = _refused(
@@ -355,4 +359,6 @@ def test_transformers_gives_the_same_scores(form: Form, tmp_path: Path) -> None:
     # and what it saves comes in
     theirs.save_pretrained(tmp_path / "theirs")
     with jax.set_mesh(ONE.mesh()):
-        np.testing.assert_array_equal(_scores(load_scalar(tmp_path / "theirs", ONE), ONE), scores)
+        np.testing.assert_array_equal(
+            _scores(load_scalar(tmp_path / "theirs", ONE, "float32"), ONE), scores
+        )

@@ -19,7 +19,7 @@ RECIPE = Path(__file__).with_name("tiny_recipe.py")
 KILLED = Path(__file__).with_name("killed.py")
 NOTED = ("facts/metadata",)  # its hash, for it has the times of the log
 STAMPS = ("init_timestamp_nsecs", "commit_timestamp_nsecs")  # Orbax's
-OF_THE_COMMAND = (".lock", "recipe.json", "report.html")
+OF_THE_COMMAND = (".lock", "recipe.json", "report.html", "submission.json")
 TIMES = ("wall_s", "tokens_per_s", "reshard_s")
 
 
@@ -49,10 +49,17 @@ def start(
     )
 
 
-def kill(directory: Path, cache: Path, place: str, count: int, seconds: float) -> bool:
+def kill(
+    directory: Path,
+    cache: Path,
+    place: str,
+    count: int,
+    seconds: float,
+    options: Sequence[str] = (),
+) -> bool:
     """Whether a run was killed `seconds` after its `count`-th time at a place of killed.py; else it is finished."""
     program = (str(KILLED), place, str(count), str(seconds))
-    run = start(directory, cache, program=program)
+    run = start(directory, cache, options, program)
     output, _ = run.communicate(timeout=600)
     assert run.returncode in (0, -signal.SIGKILL), output
     return run.returncode != 0

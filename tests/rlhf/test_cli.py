@@ -231,7 +231,9 @@ def test_a_device_that_fails_is_one_line(
     monkeypatch.setattr("rlhf.run.run", run)
     status, error = fail("run", str(recipe), capsys=capsys)
     assert (status, error.count("\n")) == (1, 1)
-    assert "failed (INTERNAL: the chip is gone): the same command goes on from" in error
+    assert (
+        "failed (INTERNAL: the chip is gone). Resume from the last snapshot with: glm-jax" in error
+    )
 
 
 def test_a_field_of_several_types_keeps_the_recipes_choice(tmp_path: Path) -> None:

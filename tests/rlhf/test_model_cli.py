@@ -54,7 +54,7 @@ def scorer(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("scorer") / "checkpoint"
     tokenizer = ChatGLM3Tokenizer.load(talker / "hf")
     with jax.set_mesh(LAYOUT.mesh()):
-        model = ScalarModel(load_model(talker, LAYOUT).trunk, jax.numpy.arange(32.0))
+        model = ScalarModel(load_model(talker, LAYOUT, "float32").trunk, jax.numpy.arange(32.0))
         save_model(model, LAYOUT, card_of(talker), directory, tokenizer.save)
     return directory
 
@@ -191,7 +191,7 @@ def test_generate_gives_the_tokens_of_the_sampler(
     assert status == 0 and first == again
     tokenizer = ChatGLM3Tokenizer.load(talker / "hf")
     with jax.set_mesh(LAYOUT.mesh()):
-        model = load_model(talker, LAYOUT)
+        model = load_model(talker, LAYOUT, "float32")
         key = jax.random.fold_in(jax.random.key(3), 0)
         ids = stream(
             model,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf.outdir import Resume, run_directory
+from rlhf.recipe_file import resume_command
 from rlhf.runlog import METRICS_FILE
 from sharding.disk.lock import NAME as LOCK
 from sharding.errors import UserError
@@ -91,6 +92,107 @@ def test_restart_keeps_the_run_aside(tmp_path: Path) -> None:
     assert not use(tmp_path / "run", RECIPE, Resume(restart=True), notes.append)
     assert (tmp_path / "run.1" / "state" / "journal.json").exists()
     assert len(notes) == 1
+
+
+# environment of the first start and of the second -> whether --restart begins anew once more
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "alps"}
+REQUEUED = {"SLURM_RESTART_COUNT": "1"}
+NAMED = {"GLM_JAX_SUBMISSION": "monday"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "anew"),
+    [
+        ({}, {}, True),
+        (SLURM, SLURM, True),  # a second command in one allocation
+        (SLURM, SLURM | REQUEUED, False),
+        (SLURM | REQUEUED, SLURM | {"SLURM_RESTART_COUNT": "2"}, False),
+        (SLURM, {"SLURM_JOB_ID": "8", "SLURM_CLUSTER_NAME": "alps"} | REQUEUED, True),
+        (SLURM, {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "jura"} | REQUEUED, True),
+        ({}, SLURM | REQUEUED, True),  # begun by hand
+        (NAMED, NAMED, False),
+        (NAMED, NAMED | {"JOB_COMPLETION_INDEX": "0"}, False),
+        (NAMED, {"GLM_JAX_SUBMISSION": "tuesday"}, True),
+        (SLURM | NAMED, SLURM | REQUEUED | {"GLM_JAX_SUBMISSION": "tuesday"}, True),
+    ],
+)
+def test_restart_begins_anew_once_a_submission(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: dict[str, str],
+    second: dict[str, str],
+    anew: bool,
+) -> None:
+    directory, notes = tmp_path / "run", list[str]()
+    make_run(directory)
+    for number, environment in enumerate((first, second, second)):
+        for name in (*SLURM, *REQUEUED, *NAMED, "JOB_COMPLETION_INDEX"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        if number == 2:  # a requeue of the second
+            requeued = {name: "9" for name in REQUEUED if "SLURM_JOB_ID" in environment}
+            for name, value in requeued.items():
+                monkeypatch.setenv(name, value)
+        resumed = use(directory, RECIPE, Resume(restart=True), notes.append)
+        if number == 0:
+            assert not resumed and (tmp_path / "run.1").exists()
+        elif number == 1:
+            assert resumed is not anew and (tmp_path / "run.2").exists() is anew
+        elif environment:
+            assert resumed and "has begun the run: it resumes" in notes[-1]
+        if not resumed:
+            make_run(directory)
+    assert not (tmp_path / "run.3").exists() or not second
+
+
+def test_restart_in_a_job_that_cannot_be_told_from_its_retries_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GLM_JAX_SUBMISSION", raising=False)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    make_run(tmp_path / "run")
+    with pytest.raises(UserError, match="--restart would begin the run anew at every retry"):
+        use(tmp_path / "run", RECIPE, Resume(restart=True))
+    assert use(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_command_that_resumes_begins_nothing_anew() -> None:
+    options = ["--restart", "--output-dir", "a b", "--resume_with_changes", "--seed", "1"]
+    command = resume_command(Path("my recipe.py"), [*options, "--resume", "--resume-with-changes"])
+    assert command == "glm-jax run 'my recipe.py' --output-dir 'a b' --seed 1 --resume"
+
+
+def make_start(path: Path) -> None:
+    """What a run leaves that has failed before its first step."""
+    make_run(path)
+    (path / METRICS_FILE).write_text("")
+    (path / "state" / "journal.json").write_text('{"digests": {"data": "other"}}')
+    (path / "state" / "sft").mkdir()
+    (path / "data" / "0123").mkdir(parents=True)
+    (path / "tensorboard").mkdir()
+    (path / ".recipe.json.tmp").touch()
+
+
+@pytest.mark.parametrize("how", [Resume(), Resume(restart=True), Resume(resume=True)])
+def test_a_start_that_failed_refuses_no_corrected_command(tmp_path: Path, how: Resume) -> None:
+    make_start(tmp_path / "run")
+    assert not use(tmp_path / "run", RECIPE | {"seed": 1}, how)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not (tmp_path / "run" / "state").exists() and (tmp_path / "run/data/0123").exists()
+
+
+@pytest.mark.parametrize(
+    "left", ["state/sft/2/seal.json", "checkpoints/sft/model.json", "notes.txt", METRICS_FILE]
+)
+def test_a_run_that_has_got_further_is_not_taken_for_one(tmp_path: Path, left: str) -> None:
+    make_start(tmp_path / "run")
+    (tmp_path / "run" / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / left).write_text("{}\n")
+    with pytest.raises(UserError, match="holds a run of another recipe"):
+        use(tmp_path / "run", RECIPE | {"seed": 1})
+    assert (tmp_path / "run" / "state" / "journal.json").exists()
 
 
 def test_resume_without_a_run_is_an_error(tmp_path: Path) -> None:

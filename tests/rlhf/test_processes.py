@@ -259,7 +259,7 @@ def test_a_signal_to_one_process_stops_all_and_one_goes_on(recipe: Path) -> None
     processes[1].terminate()
     (first, told), (second, _) = ended(processes)
     assert (first, second) == (0, 0), told
-    assert "stopped at sft " in told and "the same command goes on" in told
+    assert "stopped at sft " in told and "everything is saved. Resume with: glm-jax run " in told
     ((status, text),) = ended([run(recipe, options)])
     assert status == 0, text
     assert "going on from sft " in text

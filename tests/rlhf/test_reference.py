@@ -11,10 +11,13 @@ from unittest.mock import MagicMock, Mock
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rlhf.ppo_run
 from glm_jax.batch import Prompts, Sequences
 from glm_jax.checkpoint import Card, save_model
+from glm_jax.companions import check_same_tokenizer
 from glm_jax.config import PRESETS, GLMConfig
 from glm_jax.generate import Generation, SamplingConfig
 from glm_jax.hf.config import Tokens, default_form
@@ -28,7 +31,6 @@ from rlhf.ppo_run import PPORun
 from rlhf.progress import NOT_KEPT
 from rlhf.recipe import Recipe
 from rlhf.reference import References, SelectionConfig, draw_references
-from rlhf.reward_stage import load_reward
 from rlhf.rollout import prompt_batches
 from rlhf.trials.models import ANSWER, STOP_IDS, place_scorer, prompts, tiny
 from rlhf.trials.ppo import SmallPPO, small_ppo
@@ -171,6 +173,34 @@ def test_what_prompts_are_answered_together_does_not_depend_on_the_layout() -> N
     assert rows[1] == rows[4] == rows[8] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    pipe=st.sampled_from([1, 2]),
+    ways=st.sampled_from([1, 2, 4]),
+    microbatches=st.integers(1, 6),
+    answers=st.integers(1, 40),
+    samples=st.integers(1, 7),
+)
+def test_answers_to_a_batch_divide_into_microbatches(
+    pipe: int, ways: int, microbatches: int, answers: int, samples: int
+) -> None:
+    """Answers are sampled without a pipeline, and scored in one."""
+    layout = Layout(pipe=pipe, data=ways, microbatches=microbatches if pipe > 1 else 1)
+    sample = Sampler.__new__(Sampler)  # its programs are of no concern
+    sample.training, sample.generation = layout, Layout(data=2 * ways)
+    table = Prompts(
+        np.zeros((11, 2), np.int32), np.ones((11, 2), bool), np.arange(11, dtype=np.int32)
+    )
+    seen = []
+    for batch in prompt_batches(table, answers, samples, sample):
+        row = np.asarray(batch.row)
+        assert len(row) % (2 * ways) == 0
+        layout.check_batch(len(row) * samples, "answers")  # raises where they do not divide
+        seen.append(row[row >= 0].tolist())
+    rows = max(1, answers // samples)
+    assert seen == [list(range(i, min(11, i + rows))) for i in range(0, 11, rows)]
+
+
 @pytest.mark.parametrize("poison", [1.0, np.nan])
 def test_pairs_are_the_best_and_the_worst_of_a_prompts_own_answers(
     small: SmallPPO, poison: float
@@ -250,15 +280,12 @@ def test_a_reward_model_from_elsewhere_must_read_the_same_tokens(
 ) -> None:
     texts = [f"say {n} good things" for n in range(5)]
     same = _saved(tmp_path / "same", tokenizer)
-    with jax.set_mesh(LAYOUT.mesh()):
-        assert load_reward(same, tokenizer, texts, LAYOUT).w_scalar.shape == (32,)
-        other = ChatGLM3Tokenizer.train((f"quite other words {n}" for n in range(300)), 300)
-        theirs = _saved(tmp_path / "other", other)
-        with pytest.raises(UserError, match=r"reads 'say 0 good things' in other tokens"):
-            load_reward(theirs, tokenizer, texts, LAYOUT)
-        fewer = ChatGLM3Tokenizer.train((f"say {n} good things" for n in range(300)), 295)
-        smaller = _saved(tmp_path / "smaller", fewer)
-        with pytest.raises(
-            UserError, match=r"of the reward model's tokenizer is .* of the policy's"
-        ):
-            load_reward(smaller, tokenizer, texts, LAYOUT)
+    check_same_tokenizer(same, tokenizer, texts)
+    other = ChatGLM3Tokenizer.train((f"quite other words {n}" for n in range(300)), 300)
+    theirs = _saved(tmp_path / "other", other)
+    with pytest.raises(UserError, match=r"reads 'say 0 good things' in other tokens"):
+        check_same_tokenizer(theirs, tokenizer, texts)
+    fewer = ChatGLM3Tokenizer.train((f"say {n} good things" for n in range(300)), 295)
+    smaller = _saved(tmp_path / "smaller", fewer)
+    with pytest.raises(UserError, match=r"of the reward model's tokenizer is .* of the policy's"):
+        check_same_tokenizer(smaller, tokenizer, texts)

@@ -46,7 +46,7 @@ def mesh() -> Any:
 
 
 def sequences(count: int, seed: int) -> Sequences:
-    ids = np.random.default_rng(seed).integers(1, 64, (count, 8), dtype=np.int32)
+    ids = np.random.default_rng(seed).integers(1, 50, (count, 8), dtype=np.int32)
     target = np.ones_like(ids, bool)
     target[:, 0] = False
     return Sequences(ids, np.ones_like(ids, bool), target)

@@ -83,6 +83,10 @@ def test_checkpoint_and_export_are_graded_alike(
         card.pop("verdict")  # which may speak of the history
     assert cards[0] == cards[1]
     assert cards[0]["accuracy"]["count"] == 100
+    out = trained / "whole context"  # 64 tokens
+    command = ["reward", "report", str(checkpoint), str(trained / "pairs.jsonl")]
+    assert cli.main([*command, "--out", str(out)]) == 0
+    assert json.loads((out / "card.json").read_text())["accuracy"]["count"] == 100
     assert "report card:" in capsys.readouterr().out
 
 
@@ -90,6 +94,7 @@ def test_checkpoint_and_export_are_graded_alike(
     ("options", "message"),
     [
         (["--form", "hhh"], "form 'hhh' is not known: choose one of pair, ranking"),
+        (["--length", "65"], "--length = 65 tokens exceed the context of model.max_length = 64"),
         (["--length", "3"], "no record fits into length = 3 tokens"),
         (["--batch-size", "3", "--layout", "dp", "--devices", "8"], "--batch-size = 3"),
     ],
@@ -115,4 +120,4 @@ def test_a_language_model_scores_nothing(tmp_path: Path) -> None:
     from sharding.layout import Layout
 
     with pytest.raises(UserError, match="holds a language model, which scores nothing"):
-        load_scalar(tmp_path, Layout())
+        load_scalar(tmp_path, Layout(), "float32")

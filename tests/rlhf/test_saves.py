@@ -106,7 +106,7 @@ def test_reshard_cuts_files_anew_and_changes_no_bit(
     files = [x.name for x in (out / "weights" / "trunk.embedding").iterdir() if x.name[0] != "."]
     assert len(files) == 8
     with jax.set_mesh(Layout().mesh()):
-        jax.tree.map(np.testing.assert_array_equal, load_model(out, Layout()), model)
+        jax.tree.map(np.testing.assert_array_equal, load_model(out, Layout(), "float32"), model)
     assert main(["checkpoint", "reshard", str(source), str(out), *options]) == 1
 
 
@@ -128,7 +128,10 @@ def test_the_model_of_a_snapshot_becomes_a_checkpoint(
         command = ["checkpoint", "extract", str(snapshot)]
         assert main([*command, str(tmp_path / "actor")]) == 0
         assert main([*command, str(tmp_path / "critic"), "--role", "critic"]) == 0
-        found = load_model(tmp_path / "actor", layout), load_scalar(tmp_path / "critic", layout)
+        found = (
+            load_model(tmp_path / "actor", layout, "float32"),
+            load_scalar(tmp_path / "critic", layout, "float32"),
+        )
         jax.tree.map(np.testing.assert_array_equal, found, (model, critic))
     assert main([*command, str(tmp_path / "actor")]) == 1
     assert "exists" in capsys.readouterr().err

@@ -177,7 +177,7 @@ def test_library_calls_take_them_too(
 
     path = Path(spelt("run/checkpoints/sft")).expanduser()
     with jax.set_mesh(LAYOUT.mesh()):
-        model: Any = load_model(path, LAYOUT)
+        model: Any = load_model(path, LAYOUT, "float32")
         with Snapshots(Path(spelt("snapshots")).expanduser()) as snapshots:
             snapshots.save(1, {"x": jnp.arange(3.0)}, {})
             snapshots.wait()

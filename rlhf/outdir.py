@@ -70,7 +70,7 @@ def run_directory(
             path.mkdir(parents=True, exist_ok=True)
         _require_writable(path)
         held.enter_context(locked(path, ADVICE))
-        if (path / FOLDER).exists() and _is_barely_begun(path):
+        if holds_run(path) and _is_barely_begun(path):
             shutil.rmtree(path / FOLDER)
         _clear_leftovers(path)
         if name := submission().name:
@@ -88,7 +88,7 @@ def _restarts(path: Path, how: Resume, note: Callable[[str], None]) -> bool:
         theirs = json.loads(file.read_text(encoding="utf-8"))["name"] if file.exists() else ""
     except (OSError, ValueError, KeyError, TypeError):
         theirs = ""
-    if ours.repeats and ours.name == theirs:
+    if ours.repeats and ours.name == theirs and holds_run(path):
         note(f"--restart: this submission ({ours.name}) has begun the run: it resumes")
         return False
     return True
@@ -116,7 +116,9 @@ def _is_barely_begun(path: Path) -> bool:
     metrics = path / METRICS_FILE
     nothing_told = not metrics.exists() or metrics.stat().st_size == 0
     nothing_saved = not any(x.name.isdecimal() for x in path.glob(f"{FOLDER}/*/*"))
-    known = {LOCK[1:], RECIPE_FILE, METRICS_FILE, TENSORBOARD_FOLDER, SUBMISSION_FILE, FOLDER, DATA}
+    known = {LOCK[1:], RECIPE_FILE, METRICS_FILE, TENSORBOARD_FOLDER, SUBMISSION_FILE}
+    if holds_run(path):  # else folders of these names are a user's
+        known |= {FOLDER, DATA}
     return nothing_told and nothing_saved and names <= known
 
 

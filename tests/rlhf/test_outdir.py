@@ -237,6 +237,8 @@ def test_folders_that_are_not_ours_are_refused(
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").write_text("mine")
+    for name in ("state", "data"):  # of another program
+        (tmp_path / "project" / name).mkdir(parents=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / METRICS_FILE).write_text("{}\n")
     monkeypatch.chdir(tmp_path / "run")
@@ -244,11 +246,13 @@ def test_folders_that_are_not_ours_are_refused(
         tmp_path / "file": "is a file",
         tmp_path / "file" / "below": "cannot be made: Not a directory",
         tmp_path / "folder": "holds files that are no earlier run",
+        tmp_path / "project": "holds files that are no earlier run",
         Path("."): "is the folder you are in",
     }.items():
         with pytest.raises(UserError, match=f"{reason}: choose another --output-dir"):
             use(path)
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["thesis.tex"]
+    assert {path.name for path in (tmp_path / "project").iterdir()} == {"state", "data"}
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(UserError, match="is not writable: choose another --output-dir"):
         use(tmp_path / "new")

@@ -77,6 +77,8 @@ def build_tables(data: Data, root: Path, tables: Sequence[str], tell: Tell = sil
 
     for name in tables:
         _build(builder, name, root, splits, tell)
+    if not (root / ACCOUNTS).exists():
+        splits()
     for line in json.loads((root / NOTES).read_text("utf-8")) if (root / NOTES).exists() else ():
         tell(f"data: {line}")
 

@@ -145,6 +145,8 @@ def test_what_is_left_out_is_told_whenever_the_data_is_opened(tmp_path: Path) ->
         line = next(line for line in told if "duplicate judgement" in line)
         assert re.search(r"data: \d+ of \d+ (training|held-out) pairs used; left out: ", line)
         assert "1 by filter 'duplicate judgement'" in line
+        (path,) = (tmp_path / "prepared").glob("*/accounts.json")
+        path.unlink()
 
 
 def test_rankings_become_pairs_that_weigh_as_one(tmp_path: Path) -> None:

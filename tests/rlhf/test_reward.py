@@ -175,21 +175,25 @@ def test_heldout_figures_are_weighted_means_without_padding(
 
 
 def test_the_heldout_accuracy_is_that_of_the_report_card(
-    records: list[Preference], tokens: list[TokenPair], model: ScalarModel
+    records: list[Preference], tokenizer: ChatGLM3Tokenizer, model: ScalarModel
 ) -> None:
     """One number of one name, and so the loss; whatever pairs weigh, and unlike the plain mean."""
-    weighed = [record._replace(weight=0.1 + n % 5) for n, record in enumerate(records)]
-    for of in (records, weighed):
+    mixed = [
+        record._replace(chosen=record.rejected, rejected=record.chosen) if n % 3 else record
+        for n, record in enumerate(records)
+    ]
+    weighed = [record._replace(weight=0.1 + n % 5) for n, record in enumerate(mixed)]
+    tokens = token_pairs(mixed, tokenizer, LENGTH)
+    for of in (mixed, weighed):
         with jax.set_mesh(LAYOUT.mesh()):
             heldout = Heldout(in_order(judged_rows(of, tokens, LENGTH), 8), LAYOUT)
             figures, found = heldout(model), scored(model, heldout, of, tokens)
         card = grade(found)
-        # float32 weights against float64 ones: 2^-24 of each
+        # float32 weights against float64 ones: 2^-24 of each, and four times that
         assert figures["heldout_accuracy"] == pytest.approx(card.accuracy.value, rel=3e-7)
         assert figures["heldout_loss"] == pytest.approx(card.calibration.nll, rel=3e-7)
-        assert card.accuracy.value != pytest.approx(
-            np.mean(found.chosen > found.rejected), rel=1e-3
-        )
+        plain = np.mean(found.chosen > found.rejected)
+        assert card.accuracy.value != pytest.approx(plain, rel=1e-3) and 0.2 < plain < 0.8
 
 
 def test_the_smallest_weight_is_no_padding(

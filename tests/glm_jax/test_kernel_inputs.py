@@ -114,3 +114,16 @@ def test_products_of_bfloat16_attention_have_bfloat16_operands() -> None:
     products = _products(traced.jaxpr)
     assert len(products) == 7  # scores, output, scores again, the gradients of weights, q, k and v
     assert all(operands == {"bfloat16"} for operands in products)
+
+
+def test_scores_are_scaled_and_masked_in_float32() -> None:
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.standard_normal((1, 1, 3, H)), jnp.bfloat16) for _ in range(2))
+    mask = jnp.tril(jnp.ones((1, 3, 3), bool))
+    found = glm_jax.attention._scores(q[:, :, None], k, mask)
+    assert found.dtype == jnp.float32 and found.shape == (1, 1, 1, 3, 3)
+    products = np.asarray(jnp.einsum("BKTH,BKSH->BKTS", q, k), np.float32)[0, 0]
+    for t in range(3):
+        expected = products[t, : t + 1] / np.float32(H**0.5)
+        np.testing.assert_allclose(found[0, 0, 0, t, : t + 1], expected, rtol=1e-6)
+        assert (np.asarray(found[0, 0, 0, t, t + 1 :]) < -1e29).all()

@@ -37,7 +37,7 @@ TESTS: dict[str, str] = {
     "glm_jax/scalar.py": "glm_jax/test_scalar_head.py rlhf/test_losses.py",
     "glm_jax/layers.py": "glm_jax/test_layers.py",
     "glm_jax/attention.py": "glm_jax/test_attention.py glm_jax/test_kernels.py glm_jax/test_kernel_inputs.py",
-    "sharding/pipeline.py": "sharding/test_pipeline.py",
+    "sharding/pipeline.py": "sharding/test_pipeline.py sharding/test_pipeline_edges.py",
 }
 STORE = Path(".mutants/found.json")
 REVIEWED = Path("tests/mutation/survivors.toml")

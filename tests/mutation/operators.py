@@ -181,10 +181,6 @@ class _Visitor(ast.NodeVisitor):
         """Without it."""
         self._replace(node, "pass")
 
-    def visit_Break(self, node: ast.Break) -> None:
-        """Without it."""
-        self._replace(node, "pass")
-
     def visit_Assert(self, node: ast.Assert) -> None:
         """Left alone."""
 

@@ -11,6 +11,7 @@ import functools
 import gc
 import hashlib
 import importlib.machinery
+import inspect
 import json
 import os
 import select
@@ -151,9 +152,8 @@ class Runner:
         old = verdicts.get(mutant.name)
         if old and old["source"] == digest(target.file):
             killer = old["killed_by"]
-            if killer and (
-                killer == "timeout" or old["tests"].get(_file(killer)) == digests.get(_file(killer))
-            ):
+            stands = killer not in items or killer in names  # it passes without the mutant
+            if killer and stands and old["killer"] == _source(items.get(killer)):
                 return
             if not killer:  # tests that it survived need not run again
                 names = [n for n in names if old["tests"].get(_file(n)) != digests[_file(n)]]
@@ -176,6 +176,7 @@ class Runner:
             "seconds": before + seconds,
             "source": digest(target.file),
             "tests": digests,
+            "killer": _source(items.get(str(found["killed_by"]))),
         }
         self._log(
             f"{target.file}:{mutant.line} {found['killed_by'] or f'SURVIVES {len(names)} tests'} "
@@ -186,6 +187,13 @@ class Runner:
 
 def _file(nodeid: str) -> str:
     return nodeid.split("::")[0]
+
+
+def _source(item: pytest.Item | None) -> str:
+    """A hash of a test's own lines; "" for a time-out, a crash or a failed import."""
+    if not isinstance(item, pytest.Function):
+        return ""
+    return hashlib.sha256(inspect.getsource(item.function).encode()).hexdigest()[:16]
 
 
 def _unchanged(digests: dict[str, str], now: dict[str, str]) -> bool:

@@ -1,0 +1,34 @@
+"""Pipelines at the edge: none at all, one microbatch, fewer microbatches than stages."""
+
+import numpy as np
+import pytest
+
+from sharding.layout import Layout
+from sharding.pipeline import IDLE, bubble_fraction, layer_slots, num_repeats, num_ticks, schedule
+
+
+def test_without_a_pipeline_layers_stand_in_order_once() -> None:
+    layout = Layout(data=2, repeats=3)
+    assert num_repeats(layout) == 1
+    assert layer_slots(5, layout).tolist() == [[0, 1, 2, 3, 4]]
+    assert num_repeats(Layout(pipe=2, repeats=3)) == 3
+
+
+@pytest.mark.parametrize("microbatches", [1, 3, 5])
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("pipe", [2, 4])
+def test_the_schedule_is_that_of_a_simulated_ring(
+    pipe: int, repeats: int, microbatches: int
+) -> None:
+    """Every microbatch moves one stage a tick; stage 0 takes one up again once all have entered."""
+    layout = Layout(pipe=pipe, microbatches=microbatches, repeats=repeats)
+    table = schedule(layout)
+    expected = np.full((num_ticks(layout), pipe, 2), IDLE)
+    round_ = max(microbatches, pipe)  # a repeat begins when all have entered and the first is back
+    for repeat in range(repeats):
+        for microbatch in range(microbatches):
+            for stage in range(pipe):
+                expected[repeat * round_ + microbatch + stage, stage] = microbatch, repeat
+    np.testing.assert_array_equal(table, expected)
+    assert (table[-1] != IDLE).any()  # no tick is left over
+    assert bubble_fraction(layout) == pytest.approx((expected[..., 0] == IDLE).mean())

@@ -303,7 +303,8 @@ def test_best_and_worst_go_by_score_and_not_by_log_probability() -> None:
     scores, logp = (rng.normal(size=(50, 5)) for _ in range(2))
     ids = np.arange(250, dtype=np.int32)[:, None]
     everywhere = np.ones_like(ids, bool)
-    found = best_and_worst(Sequences(ids, everywhere, everywhere), scores, logp)
+    answers, ended = Sequences(ids, everywhere, everywhere), np.ones((50, 5), bool)
+    found = best_and_worst(answers, scores, ended, logp, DPOConfig())
     for row in range(50):
         order = sorted(range(5), key=lambda k: scores[row, k])
         best, worst = order[-1], order[0]

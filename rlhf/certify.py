@@ -17,7 +17,7 @@ import jax
 from glm_jax.config import Config
 from glm_jax.generate import Generation
 from rlhf.trials.compare import Errors, Part, deepest, errors_of, largest, typical
-from rlhf.trials.jobs import JOBS, ROUNDED, SAMPLING_JOBS, TWICE, Iterations
+from rlhf.trials.jobs import JOBS, SAMPLING_JOBS, Iterations
 from rlhf.trials.recording import Arrays, Role, Seen
 from sharding.collectives import count_collectives
 from sharding.compile import compiled_programs
@@ -149,16 +149,28 @@ def train(
 Limits = Mapping[tuple[Part, str], float]
 
 
+def _deviation(errors: list[float]) -> float:
+    return math.sqrt(sum(x * x for x in errors) / len(errors))
+
+
 def bfloat16_limits(one_device: Trained, reference: Trained) -> Limits:
     """What a layout may differ from float32 by in bfloat16: four times what one device does."""
     errors = list(errors_of(one_device.seen, reference.seen, one_device.roles, typical))
     limits: dict[tuple[Part, str], float] = {}
     for found in errors:
         for name, error in found.by_name.items():
-            # a single number may agree by chance: all losses share a limit
-            key = (found.part, "" if found.part == "loss" else name)
             room = max(BFLOAT16_HEADROOM * error, BFLOAT16_LEAST)
-            limits[key] = max(limits.get(key, 0.0), room)
+            limits[found.part, name] = max(limits.get((found.part, name), 0.0), room)
+    # a single number may agree by chance: the limit of each loss is four standard deviations of those of its role, or
+    # of all, whatever is more
+    of_losses = [found.by_name for found in errors if found.part == "loss"]
+    by_role = {
+        name: [by_name[name] for by_name in of_losses if name in by_name]
+        for name in {name for by_name in of_losses for name in by_name}
+    }
+    everything = _deviation([x for losses in by_role.values() for x in losses])
+    for name, losses in by_role.items():
+        limits["loss", name] = BFLOAT16_HEADROOM * max(_deviation(losses), everything)
     if ("answers", "answers") in limits:  # one token that flips at a near tie changes an answer
         share = limits["answers", "answers"]
         limits["answers", "answers"] = min(max(share, FLIPPED[0]), FLIPPED[1])
@@ -170,7 +182,7 @@ def _limit(limits: Limits, part: Part, name: str) -> float:
     """The limit of a part's error; without one of bfloat16 that of float32."""
     if (part, name) == ("answers", "answers") and not limits:
         return 0.0
-    return limits.get((part, name), limits.get((part, ""), FLOAT32[part]))
+    return limits.get((part, name), FLOAT32[part])
 
 
 def compare(
@@ -261,13 +273,13 @@ def iterations(
 ) -> Iterations:
     """How iterations run that are compared with `reference`: they learn from its answers."""
     replay = () if reference is None else reference.answers
-    return Iterations(generation, replay, TWICE if config.compute_dtype == "float32" else ROUNDED)
+    return Iterations(generation, replay, clip=config.compute_dtype == "float32")
 
 
 def reference_of(job: str, config: Config, rows: int) -> tuple[Trained, Limits]:
     """The job on one device in float32, and the limits of bfloat16 where the model computes in it."""
     exact = dataclasses.replace(config, compute_dtype="float32")
-    reference = train(job, exact, rows, Layout(), iterations(config))
+    reference = train(job, exact, rows, Layout(), iterations(config))  # with the clip of `config`
     if config.compute_dtype == "float32":
         return reference, {}
     rounded = train(job, config, rows, Layout(), iterations(config, reference))

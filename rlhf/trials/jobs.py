@@ -38,8 +38,7 @@ OPTIM = OptimConfig(learning_rate=5e-3, warmup_fraction=0.0, eps=1e-3)
 # of two updates an iteration: what rounding leaves of the first step, the others enlarge with the learning rate
 TWICE = dataclasses.replace(OPTIM, learning_rate=2e-3)
 
-# in bfloat16 no ratio may come near its clip, where rounding decides whether a token has a gradient
-ROUNDED = dataclasses.replace(OPTIM, learning_rate=2e-4)
+NO_CLIP = 1e9
 
 
 class Iterations(NamedTuple):
@@ -47,7 +46,8 @@ class Iterations(NamedTuple):
 
     generation: Layout | None = None  # to sample in; None: the training layout without its pipeline
     replay: tuple[Generation, ...] = ()  # learnt from in place of the layout's own answers
-    optim: OptimConfig = TWICE  # of actor and critic
+    # ratio and value; in bfloat16 rounding would decide whether a token beside its clip has a gradient
+    clip: bool = True
 
 
 class Job(NamedTuple):
@@ -163,7 +163,9 @@ def _iterations(
     settings: PPOConfig, config: Config, rows: int, steps: int, layout: Layout, how: Iterations
 ) -> Job:
     settings = dataclasses.replace(settings, batch_size=2 * rows, minibatches=2)
-    optimizers = (_optimizer(2 * steps, how.optim), _optimizer(2 * steps, how.optim))
+    if not how.clip:
+        settings = dataclasses.replace(settings, clip_range=NO_CLIP, value_clip=NO_CLIP)
+    optimizers = (_optimizer(2 * steps, TWICE), _optimizer(2 * steps, TWICE))
     small = small_ppo(config, settings, optimizers, layout, generation=how.generation)
     has_critic = settings.advantage == "gae"
     names = ("experience_of", "update_actor", *(("update_critic",) if has_critic else ()))
@@ -184,7 +186,7 @@ def _iterations(
 
     states = {"actor": small.learners.actor, "critic": small.learners.critic}
     roles = {
-        role: Role(host_weights(state.model, layout), how.optim, 2 * steps)
+        role: Role(host_weights(state.model, layout), TWICE, 2 * steps)
         for role, state in states.items()
         if state is not None
     }

@@ -42,6 +42,9 @@ class Bug:
     model: str = "chatglm3-6b"
     generation: Layout | None = None
     only: str = ""  # a pattern that all names match: nothing that only suffers
+    rounded: tuple[str, str] | None = (
+        None  # part and name in bfloat16, whose loss hides a small change
+    )
 
 
 PIPELINE = Layout(pipe=2, microbatches=2)
@@ -68,7 +71,13 @@ BUGS: dict[str, Bug] = {
         planted.bias_of_some_rows, "sft", TWO, FIRST, "gradient", "b_o", V1, only="b_o"
     ),
     "a bias added by every shard": Bug(
-        planted.bias_of_every_shard, "sft", TENSOR, FIRST, "loss", model=V1
+        planted.bias_of_every_shard,
+        "sft",
+        TENSOR,
+        FIRST,
+        "loss",
+        model=V1,
+        rounded=("gradient", "b_out"),
     ),
     "averaged gradients of pieces": Bug(
         planted.averaged_pieces, "sft", PIECES, FIRST, "gradient", "w_head"
@@ -112,8 +121,8 @@ QUICK = {
     "averaged gradients of pieces",
     "weight decay on norms",
 }
-# rounding hides a change of a thousandth in bfloat16, and nothing else
-FINER_THAN_BFLOAT16 = {"noise that depends on the shard"}
+# rounding hides noise of a thousandth, and that two halves of a batch have nearly the same mean and deviation
+FINER_THAN_BFLOAT16 = {"noise that depends on the shard", "advantages whitened by shard"}
 
 
 def _row(bug: Bug, dtype: str) -> Row:
@@ -181,4 +190,5 @@ def test_a_planted_bug_is_named_in_bfloat16(name: str, monkeypatch: Patch) -> No
     if name in FINER_THAN_BFLOAT16:
         assert row.passed
     else:
-        _assert_named(bug, row)
+        part, first = bug.rounded or (bug.part, bug.name)
+        _assert_named(dataclasses.replace(bug, part=part, name=first), row)

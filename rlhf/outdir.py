@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -119,7 +120,14 @@ def _is_barely_begun(path: Path) -> bool:
     known = {LOCK[1:], RECIPE_FILE, METRICS_FILE, TENSORBOARD_FOLDER, SUBMISSION_FILE}
     if holds_run(path):  # else folders of these names are a user's
         known |= {FOLDER, DATA}
+    elif _holds_tables(path / DATA):  # as the doctor leaves them
+        known |= {DATA}
     return nothing_told and nothing_saved and names <= known
+
+
+def _holds_tables(data: Path) -> bool:
+    """Whether a folder holds nothing but data sets that were built under their fingerprints."""
+    return data.is_dir() and all(re.fullmatch("[0-9a-f]{12}", x.name) for x in data.iterdir())
 
 
 def _require_writable(path: Path) -> None:

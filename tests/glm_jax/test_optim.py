@@ -52,7 +52,8 @@ def test_every_learning_rate_against_a_loop(n: int, warmup: float, final: float)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 1000), fractions, st.floats(0.0, 1.0))
+# no smaller: the CPU takes subnormal numbers of float32 for 0
+@given(st.integers(2, 1000), fractions, st.just(0.0) | st.floats(1e-30, 1.0))
 def test_the_ends_of_the_schedule_are_exact(n: int, warmup: float, final: float) -> None:
     config = OptimConfig(warmup_fraction=warmup, final_fraction=final)
     schedule = learning_rate(config, n)

@@ -21,12 +21,8 @@ def decay_of_norms(patch: Patch) -> None:
 
 def eps_in_the_root(patch: Patch) -> None:
     """Epsilon is added to the second moment instead of its root."""
-    adamw = optax.adamw
-
-    def changed(*args: Any, eps: float, **more: Any) -> Any:
-        return adamw(*args, eps=0.0, eps_root=eps, **more)
-
-    patch.setattr("optax.adamw", changed)
+    adam = optax.scale_by_adam
+    patch.setattr("optax.scale_by_adam", lambda b1, b2, eps: adam(b1, b2, 0.0, eps_root=eps))
 
 
 def no_bias_correction(patch: Patch) -> None:
@@ -55,12 +51,12 @@ def clip_by_each_weight(patch: Patch) -> None:
 
 def decay_with_the_gradient(patch: Patch) -> None:
     """Weight decay is L2 regularisation: it goes through the moments."""
-    adam, decayed = optax.adam, optax.add_decayed_weights
+    chain = optax.chain
 
-    def coupled(rate: Any, weight_decay: float, mask: Any, **more: Any) -> Any:
-        return optax.chain(decayed(weight_decay, mask), adam(rate, **more))
+    def coupled(clip: Any, adam: Any, decay: Any, descend: Any) -> Any:
+        return chain(clip, decay, adam, descend)
 
-    patch.setattr("optax.adamw", coupled)
+    patch.setattr("optax.chain", coupled)
 
 
 def clip_by_shards(patch: Patch) -> None:

@@ -37,6 +37,7 @@ ZERO_IS_A_VALUE = {
     "eval_every",
     "every",
     "every_iterations",
+    "doctor_every",
     "gmask_id",
     "halvings",
     "keep_best",

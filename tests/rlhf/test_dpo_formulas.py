@@ -191,7 +191,8 @@ def _sampled(
     sample = _Sampler(answers)
     with jax.set_mesh(ONE.mesh()):
         pairs = sample_pairs(
-            _policy(), ScalarModel(_trunk(), jnp.full(1, scale)), DPOConfig(samples=2),
+            _policy(), ScalarModel(_trunk(), jnp.full(1, scale)),
+            DPOConfig(samples=2, truncated="keep"),
             [_prompts(4, 5), _prompts(6, -1)], sample, STOP, jax.random.key(3), ONE,
             lambda *of: reports.append(of),
         )  # fmt: skip
@@ -209,15 +210,16 @@ def test_sampled_answers_are_paired_by_their_scores() -> None:
     np.testing.assert_allclose(pairs.ref_logp, expected, rtol=1e-6)
     # scores are sums of ids, the prompt's 7 among them
     first, second = reports
-    assert first == (1, {"score": (8 + 13 + 15 + 9) / 4, "spread": (5 + 6) / 2}, 3 + 3 + 3 + 2)
-    assert second[:2] == (2, {"score": 12.0, "spread": 0.0})
+    figures = {"score": (8 + 13 + 15 + 9) / 4, "spread": (5 + 6) / 2, "ended": 1 / 4}
+    assert first == (1, figures, 3 + 3 + 3 + 2)
+    assert second[:2] == (2, {"score": 12.0, "spread": 0.0, "ended": 1 / 2})
     assert sample.samples == [2, 2]
     keys = [jax.random.key_data(jax.random.fold_in(jax.random.key(3), n)).tolist() for n in (0, 1)]
     assert sample.keys == keys
 
 
 def test_no_pair_and_no_number_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^dpo: every prompt's answers score alike"):
+    with pytest.raises(UserError, match=r"^dpo: no pair is left"):
         _sampled([[1]] * 8)
     with pytest.raises(UserError, match=r"policy's answers to 2 of 2 prompts .*first: prompt 4"):
         _sampled(list(ANSWERS), math.nan)

@@ -133,9 +133,9 @@ def _expected(config: PPOConfig) -> dict[str, Any]:
     ref_logp, q = _logp(REF_LOGITS, config)
     gap = logp - ref_logp
     scores = np.clip(SCORES.astype(np.float64), -config.score_clip, config.score_clip)
-    rewards = scores - BASELINE
     if config.truncated == "penalty":
-        rewards = rewards - np.where(ENDED, 0, config.truncation_penalty)
+        scores = scores - np.where(ENDED, 0, config.truncation_penalty)
+    rewards = scores - BASELINE
     counts = TARGET & ENDED[:, None] if config.truncated == "mask" else TARGET
     limit = config.kl.log_ratio_clip or np.inf
     coef = config.kl.coef if config.kl.place == "reward" else 0.0
@@ -186,6 +186,7 @@ def _expected(config: PPOConfig) -> dict[str, Any]:
         "drift": np.abs(logp - _logp(LOGITS, CONFIG)[0] + 0.25)[TARGET].max(),
         "length": TARGET.sum() / B,
         "ended": ENDED.mean(),
+        "other_stop": np.mean([ENDED[b] and IDS[b, end - 1] != STOP for b, end in enumerate(ends)]),
         "advantage_std": math.sqrt((advantages[counts] ** 2).mean()),
     }
     return {**found, "metrics": metrics}

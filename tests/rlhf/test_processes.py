@@ -167,13 +167,15 @@ def run(recipe: Path, options: Sequence[str], cwd: Path = REPOSITORY) -> subproc
 def recipe(tmp_path: Path) -> Path:
     """A run of every stage in seconds, on data of its own."""
     prompts = [{"prompt": f"第{number}个房间怎么样"} for number in range(60)]
-    tables = {
+    tables: dict[str, dict[str, str]] = {
         "sft": {"response": "房间很亮"},
         "preferences": {"chosen": "房间很亮", "rejected": "太旧太暗"},
         "prompts": {},
     }
     for name, answer in tables.items():
-        lines = [json.dumps(prompt | answer) for prompt in prompts]
+        # either answer wins half of the pairs, so that lengths balance in any unit
+        sides = [answer, dict(zip(answer, reversed(answer.values()), strict=True))]
+        lines = [json.dumps(prompt | sides[n % 2]) for n, prompt in enumerate(prompts)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     path = tmp_path / "recipe.py"
     path.write_text(RECIPE.format(folder=str(tmp_path)), encoding="utf-8")

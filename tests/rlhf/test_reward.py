@@ -1,5 +1,6 @@
 """The reward model: weights, packing, looking at held-out pairs while it learns; the same under every layout."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -54,8 +55,9 @@ def tokens(records: list[Preference], tokenizer: ChatGLM3Tokenizer) -> list[Toke
 
 @pytest.fixture(scope="module")
 def model(small: GLMConfig) -> ScalarModel:
+    config = dataclasses.replace(small, vocab_size=320)
     with jax.set_mesh(LAYOUT.mesh()):
-        trunk = jax.jit(partial(init_trunk, small, LAYOUT))(jax.random.key(0))
+        trunk = jax.jit(partial(init_trunk, config, LAYOUT))(jax.random.key(0))
         return scalar_model(trunk, LAYOUT, jax.random.key(1))
 
 

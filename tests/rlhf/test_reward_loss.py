@@ -206,14 +206,15 @@ def test_a_batch_that_does_not_divide_is_refused(model: ScalarModel) -> None:
 
 
 def test_heldout_figures_are_weighted_and_ignore_padding(model: ScalarModel) -> None:
+    padding = JUDGED._replace(pairs=jax.tree.map(np.zeros_like, JUDGED.pairs), weight=0 * WEIGHTS)
     with jax.set_mesh(ONE.mesh()):
-        heldout = Heldout([JUDGED, JUDGED._replace(weight=2 * WEIGHTS[::-1].copy())], ONE)
+        twice = JUDGED._replace(weight=2 * WEIGHTS[::-1].copy())
+        heldout = Heldout([JUDGED, twice, padding], ONE)
         chosen, rejected = heldout.scores(model)
         figures = heldout(model)
-    pairs = [p for p in _pairs(JUDGED) if p[2] > 0] + [
-        (c, r, 2 * float(w))
-        for (c, r, _), w in zip(_pairs(JUDGED), WEIGHTS[::-1], strict=True)
-        if w > 0
+    pairs = [
+        *_pairs(JUDGED),
+        *((c, r, 2 * float(w)) for (c, r, _), w in zip(_pairs(JUDGED), WEIGHTS[::-1], strict=True)),
     ]
     np.testing.assert_allclose(chosen, [c for c, _, _ in pairs])
     np.testing.assert_allclose(rejected, [r for _, r, _ in pairs])

@@ -57,7 +57,7 @@ def test_a_score_that_is_no_number_names_its_prompt() -> None:
 
 
 @pytest.mark.parametrize("left", [0, 2])
-def test_a_stop_token_is_appended_where_there_is_none(left: int) -> None:
+def test_every_answer_is_closed_by_the_stop_token(left: int) -> None:
     """Rows: ended, cut off inside the row, cut off at its end, without an answer."""
     target = np.array([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
     valid = target.copy()
@@ -69,7 +69,7 @@ def test_a_stop_token_is_appended_where_there_is_none(left: int) -> None:
         Sequences(*(jnp.asarray(x) for x in (ids, valid, target))), jnp.asarray(ended), STOP
     )
     expected = np.pad(ids, ((0, 0), (0, 1)))
-    expected[1, left + 3] = expected[2, left + 5] = STOP
+    expected[0, left + 3] = expected[1, left + 3] = expected[2, left + 5] = STOP
     np.testing.assert_array_equal(found.ids, expected)
     np.testing.assert_array_equal(found.valid, np.pad(valid, ((0, 0), (0, 1))) | (expected == STOP))
     np.testing.assert_array_equal(found.target, np.pad(target, ((0, 0), (0, 1))))

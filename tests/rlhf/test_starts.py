@@ -72,7 +72,7 @@ def saved(directory: Path, head: Head, texts: list[str] = TEXTS, max_length: int
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a recipe, its data and models lie; nothing is trained."""
     asked = [{"prompt": f"say {n}", "response": f"{n} good things"} for n in range(60)]
-    sides = [("good", "bad and poor"), ("fine and good", "bad")]
+    sides = [("good", "bad and poor"), ("bad and poor", "good")]  # lengths balance in any unit
     pairs = [
         {"prompt": f"say {n}", "chosen": sides[n % 2][0], "rejected": sides[n % 2][1]}
         for n in range(60)
@@ -120,7 +120,7 @@ OPTIONS = {
     "length": (["--length", "65"], "length = 65 tokens exceed the context"),
     "answers": (["--dpo.sampling.max-new-tokens", "64"], "= 89 tokens exceed the context"),
     "pairs too long": (["--length", "3"], "no record fits into length = 3 tokens"),
-    "prompts too long": (["--prompt-length", "3"], "more than prompt_length = 3"),
+    "prompts too long": (["--prompt-length", "3"], "no record fits into prompt_length = 3"),
     "vocabulary": (["--model.vocab-size", "20000"], "cannot make a vocabulary of 20000"),
     "no data": (["--data.sft", "nowhere"], "nowhere: cannot be read"),
     "no pretrained": (["--pretrained", "nowhere"], "cannot read "),

@@ -170,7 +170,7 @@ def test_compressed_old_and_broken_files_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tensor a is compressed"):
         read_index(path)
     path.write_bytes(pickle.dumps(119547037146038801333356, protocol=2))
-    with pytest.raises(UserError, match=r"not PyTorch's zip format \(older than PyTorch 1\.6"):
+    with pytest.raises(UserError, match=r"not PyTorch's zip format \(of PyTorch before 1\.6"):
         read_index(path)
     torch_files.write(path, data, storages)
     path.write_bytes(path.read_bytes()[:-40])

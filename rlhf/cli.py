@@ -59,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> int:
         command = [word for word in command if word != "--debug"]
         job = _commands(options).cli(prog="glm-jax", description=DESCRIPTION, args=command)
         # the one place where the paths of commands become those that are opened; `override` does it for recipes
-        return job.func(*absolute_paths(job.args)) or 0
+        return job.func(*absolute_paths(job.args), **job.keywords) or 0
     except UserError as error:
         if "--debug" in args:
             traceback.print_exc()

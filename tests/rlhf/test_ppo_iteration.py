@@ -111,6 +111,16 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(small: SmallPPO) -> No
         small.iterate.concluded(learners, rolled_out, updates, True)
 
 
+def test_sampling_leaves_moments_and_schedule_where_they_were(small: SmallPPO) -> None:
+    learners, _, _ = small.iterate(_fresh(small), small.models, small.inputs(0), jax.random.key(0))
+    before = jax.device_get((learners.actor.step, learners.actor.opt_state, learners.critic))
+    learners, _ = small.iterate.roll_out(learners, small.models, small.inputs(1), jax.random.key(1))
+    after = jax.device_get((learners.actor.step, learners.actor.opt_state, learners.critic))
+    assert int(before[0]) == 2
+    assert any(np.any(moment) for moment in jax.tree.leaves(before[1]))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
 def test_what_is_measured_of_the_answers_is_in_the_metrics(small: SmallPPO) -> None:
     seen: list[tuple[list[int], int]] = []
 

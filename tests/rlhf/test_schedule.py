@@ -16,13 +16,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import rlhf.ppo_loop
-from glm_jax.batch import Sequences
+from glm_jax.batch import Prompts, Sequences
 from glm_jax.optim import OptimConfig
 from glm_jax.sampler import Sampler
 from glm_jax.train import TrainState, init_state, make_update
 from rlhf.kl import KLConfig
-from rlhf.ppo import Experience, PPOConfig
-from rlhf.ppo_iteration import Iteration, Learners, Listener, Midway, RolledOut, Updates
+from rlhf.ppo import Experience, Models, PPOConfig
+from rlhf.ppo_iteration import Inputs, Iteration, Learners, Listener, Midway, RolledOut, Updates
 from rlhf.ppo_loop import make_optimizers, train_ppo
 from sharding.errors import UserError
 from sharding.layout import Layout
@@ -242,29 +242,80 @@ def test_the_kl_coefficient_adapts_only_while_the_actor_learns() -> None:
     assert run.learners.kl_coef == pytest.approx(coefs[-1] * 0.95)
 
 
-def test_the_loop_says_from_which_iteration_the_actor_learns(
+def _plain(function: Any) -> Any:
+    """Without the check of types at run time, which knows no stubs."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+def test_the_loop_hands_every_iteration_what_the_last_one_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    learns: list[bool] = []
+    """Learners with their moments go on, the models they began from stay, and no two iterations share a key."""
+    seen: list[tuple[Any, Any, tuple[int, ...], bool]] = []
+    left = [Mock() for _ in range(6)]
 
-    def iterate(
-        learners: Any, models: Any, inputs: Any, key: Any, actor_learns: bool, _: Any
-    ) -> Any:
-        learns.append(actor_learns)
-        return learners, {}, 0
+    def iterate(learners: Any, models: Any, _: Any, key: Any, learns: bool, __: Any) -> Any:
+        seen.append((learners, models, tuple(jax.random.key_data(key).tolist()), learns))
+        return left[len(seen)], {}, 0
 
-    saves = Mock()
-    saves.restored.return_value = (Mock(), None)
+    saves, models = Mock(), Mock()
+    saves.restored.return_value = (left[0], None)
     monkeypatch.setattr(rlhf.ppo_loop, "_Saves", lambda *_: saves)
     monkeypatch.setattr(rlhf.ppo_loop, "make_iteration", lambda *_: iterate)
     prompts = Mock(row=np.zeros(4, np.int32))
-    plain: Any = train_ppo
-    while hasattr(plain, "__wrapped__"):  # the check of types at run time
-        plain = plain.__wrapped__
     sample = Mock(generation=LAYOUT)
     loop = (itertools.repeat(prompts), None, np.zeros(1), sample, 2, jax.random.key(0), LAYOUT)
-    plain(Mock(), _config(5, 3, 1, 2), *loop, Mock())
-    assert learns == [False, False, False, True, True]
+    _plain(train_ppo)(models, _config(5, 3, 1, 2), *loop, Mock())
+    assert [learners for learners, *_ in seen] == left[:5]
+    assert all(found is models for _, found, *_ in seen)
+    assert len({key for _, _, key, _ in seen}) == 5
+    assert [learns for *_, learns in seen] == [False, False, False, True, True]
+
+
+def test_an_iteration_samples_and_shuffles_with_keys_of_its_own() -> None:
+    keys: list[tuple[int, ...]] = []
+
+    def note(key: jax.Array) -> None:
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+
+    class Noting(Iteration):
+        def roll_out(self, learners: Any, models: Any, inputs: Any, key: Any) -> Any:
+            note(key)
+            return learners, _rolled_out()
+
+        def learn(self, learners: Any, midway: Any, sft: Any, key: Any, *_: Any) -> Any:
+            note(key)
+            return learners, []
+
+    run = Run(_config(2, 0, 1, 1))
+    plain = run.iterate
+    iterate = Noting(plain.config, plain.sample, LAYOUT, Mock(), Mock(), Mock())
+    blank = np.zeros((1, 1), np.int32)
+    inputs = Inputs(Prompts(blank, blank, blank[0]), np.zeros(1, np.float32), iter(()))
+    models: Any = Models(None, None, None, None)  # type: ignore[arg-type]
+    for number in range(3):
+        iterate(run.learners, models, inputs, jax.random.fold_in(jax.random.key(0), number))
+    assert len(set(keys)) == 6
+
+
+def test_moments_last_from_one_iteration_to_the_next() -> None:
+    """The weight after three iterations is that of one run of Adam on all of their gradients."""
+    config = _config(3, 0, 1, 2)
+    optim = dataclasses.replace(config.actor, beta1=0.9, beta2=0.5, eps=1.0)
+    run = Run(dataclasses.replace(config, actor=optim))
+    first = second = expected = 0.0
+    for number in (1, 2, 3):
+        run.iteration, run.update = number, 1
+        run.finish(Midway(_rolled_out(), []), Leaving(run), 0.0)
+        for update in (1, 2):
+            count = 2 * (number - 1) + update
+            first, second = 0.9 * first - 0.1, 0.5 * second + 0.5
+            root = math.sqrt(second / (1 - 0.5**count))
+            rate = _expected(config, (number, update, "actor"))
+            expected -= rate * first / (1 - 0.9**count) / (root + 1.0)
+        assert float(run.learners.actor.model.w_only) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_warmup_that_leaves_the_actor_nothing_is_refused() -> None:

@@ -69,3 +69,27 @@ def test_ticks_are_rematerialised_only_where_they_pick_weights(
             )
         )(w, layout.put(np.ones((4, 3), np.float32)))
     assert calls == ["full"] * remats
+
+
+def test_weights_split_over_two_mesh_axes_are_gathered_whole() -> None:
+    """Rows times the product of all layers' weights; flags travel along."""
+
+    def stage(w: Any, real: Any, state: Any, layout: Layout) -> Any:
+        rows, flags = state
+        return rows * jnp.prod(w, axis=0), flags
+
+    rules = tuple(
+        (name, ("data", "fsdp") if name == "embed_weight" else axes)
+        for name, axes in Layout().rules
+    )
+    layout = Layout(pipe=2, data=2, fsdp=2, microbatches=2, rules=rules)
+    rng = np.random.default_rng(0)
+    w = (1 + 0.3 * rng.normal(size=(2, 2, 4))).astype(np.float32)
+    x = rng.normal(size=(8, 4)).astype(np.float32)
+    with jax.set_mesh(layout.mesh()):
+        split = jax.device_put(w, layout.spec("stage", "layer", "embed_weight"))
+        state = layout.put((x, x[:, 0] > 0))
+        rows, flags = jax.jit(lambda w, state: run_stages(stage, w, state, 4, layout))(split, state)
+    np.testing.assert_allclose(rows, x * w.astype(np.float64).prod(axis=(0, 1)), rtol=1e-5)
+    assert flags.dtype == bool
+    np.testing.assert_array_equal(flags, x[:, 0] > 0)

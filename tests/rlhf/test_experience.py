@@ -176,8 +176,11 @@ def test_an_experience_without_a_critic_by_hand(world: World, advantage: Any) ->
     for row in range(ROWS):
         other = totals[row ^ 1]  # the other answer to the prompt
         expected[row] = totals[row] - other
-        if advantage == "grpo":  # of two numbers the deviation is the gap over sqrt 2
-            expected[row] = np.sign(expected[row]) / np.sqrt(2)
+        if (
+            advantage == "grpo"
+        ):  # of two numbers the deviation is the gap over sqrt 2; the KL is not divided
+            gap = (SCORES - BASELINE)[row] - (SCORES - BASELINE)[row ^ 1]
+            expected[row] = np.sign(gap) / np.sqrt(2) + (expected[row] - gap) / 2
     np.testing.assert_allclose(
         found.advantages, np.where(MASK, expected[:, None], 0), rtol=RTOL, atol=ATOL
     )

@@ -161,7 +161,7 @@ def test_the_commands_count_filter_and_convert(
     [
         (["stats", "absent.jsonl"], "absent.jsonl: cannot be read"),
         (["stats", "absent.jsonl", "--form", "hhh"], "form 'hhh' is not known"),
-        (["stats", "absent.jsonl", "--tokenizer", "nowhere"], "no tokenizer in nowhere"),
+        (["stats", "absent.jsonl", "--tokenizer", "nowhere"], "/nowhere: expected"),
     ],
 )
 def test_wrong_options_are_one_clear_line(

@@ -274,6 +274,8 @@ def _logged(
     from sharding.disk.directory import write_json
     from sharding.processes import check_shared, is_first, on_first, same_everywhere, together
 
+    # first by its own name: a relative one differs between working directories
+    same_everywhere("output_dir", str(recipe.output_dir))
     same_everywhere("the recipe", repr(recipe))
     together(partial(check, recipe))  # before an earlier run is touched
     directory, console = recipe.output_dir, Console()

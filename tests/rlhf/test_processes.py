@@ -290,7 +290,7 @@ def test_processes_that_were_started_unlike_each_other(recipe: Path) -> None:
     assert not (recipe.parent / "run").exists()
 
 
-def test_a_folder_that_is_not_shared(recipe: Path) -> None:
+def test_a_folder_that_is_another_one_in_each_process(recipe: Path) -> None:
     first, second = flags(2)
     (recipe.parent / "elsewhere").mkdir()
     relative = ["--output-dir", "run"]
@@ -300,7 +300,7 @@ def test_a_folder_that_is_not_shared(recipe: Path) -> None:
     ]
     for status, text in ended(processes):
         assert status == 1
-        assert "output_dir run is not the folder of that name that process 0 sees" in text
+        assert "output_dir differs between processes 0 and 1: start all alike" in text
 
 
 def test_processes_that_do_not_come(recipe: Path) -> None:

@@ -33,7 +33,7 @@ class Resume:
 
     resume: bool = False  # go on with a run; an error where there is none
     resume_with_changes: bool = False  # go on with it although the recipe has changed
-    # move it aside and begin anew, once a submission: a requeued job resumes what it has begun
+    # move an earlier run in output_dir aside and begin anew, once for each submission: a requeued job resumes its own
     restart: bool = False
 
     def __post_init__(self) -> None:

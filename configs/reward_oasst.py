@@ -2,9 +2,9 @@
 
     glm-jax run configs/reward_oasst.py --data.preferences path/to/oaast_rm_zh.json
 
-It sees 482 pairs, learns them by heart, and its card says so: "no better than length", right in 59.6 % (52.2 to 65.1)
-of held-out pairs where preferring the longer answer is in 78.9 %. Compare it with that of a run with
-`--data.filters.no-balance`. 2 minutes on 2 cores.
+It sees 488 pairs, learns them by heart, and its card says so: "near chance", right in 50.2 % (40.5 to 58.8) of held-out
+pairs, every prompt counting the same, where preferring the longer answer is in 78.0 %. Compare it with that of a run
+with `--data.filters.no-balance`. 2 minutes on 2 cores.
 """
 
 import dataclasses

@@ -20,8 +20,8 @@ from tests.mutation.runner import ARGUMENTS, Json, Runner, Target
 
 # module -> the fast tests that are to kill its mutants
 TESTS: dict[str, str] = {
-    "rlhf/advantages.py": "rlhf/test_estimators.py",
-    "rlhf/kl.py": "rlhf/test_estimators.py",
+    "rlhf/advantages.py": "rlhf/test_estimators.py rlhf/test_estimator_edges.py",
+    "rlhf/kl.py": "rlhf/test_estimators.py rlhf/test_estimator_edges.py",
     "rlhf/losses.py": "rlhf/test_estimators.py rlhf/test_losses.py rlhf/test_loss_metrics.py",
     "rlhf/ppo.py": "rlhf/test_ppo_formulas.py",
     "rlhf/dpo.py": "rlhf/test_dpo_formulas.py",

@@ -149,6 +149,18 @@ def test_what_is_left_out_is_told_whenever_the_data_is_opened(tmp_path: Path) ->
         path.unlink()
 
 
+def test_each_kind_of_mistake_names_its_own_first_entry(tmp_path: Path) -> None:
+    lines = ['{"prompt": "灯", "responses": ["亮"]}', '{"prompt": " ", "responses": ["亮", "暗"]}']
+    lines.append(json.dumps(GOOD["preferences"] | {"extra": 1}))
+    data = replace(write(tmp_path, preferences=lines), mistakes=OnMistake.skip_all())
+    told: list[str] = []
+    data.splits(told.append)
+    place = f"{tmp_path}/preferences.jsonl"
+    assert f"1 entries skipped: single, the first at {place}:21" in told
+    assert f"1 entries skipped: empty, the first at {place}:22" in told
+    assert "field 'extra' ignored in 1 entries" in told
+
+
 def test_rankings_become_pairs_that_weigh_as_one(tmp_path: Path) -> None:
     """Four answers with a tie in the middle: five pairs, together as heavy as one pair of another prompt."""
     ranking = {"prompt": "灯光", "responses": ["亮", "还行", "一般", "暗"], "ranks": [1, 2, 2, 3]}

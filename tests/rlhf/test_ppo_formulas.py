@@ -241,6 +241,12 @@ def test_an_experience_and_its_metrics_are_those_written_out(name: str) -> None:
         assert experience.support is not None and (experience.support[:, :-1].sum(-1) == 3).all()
 
 
+@pytest.mark.parametrize("name", ["gae", "rloo", "gae whitened"])
+def test_contents_have_the_structure_of_an_experience(name: str) -> None:
+    found = jax.tree.structure(contents(SETTINGS[name]))
+    assert found == jax.tree.structure(_experience(SETTINGS[name])[0])
+
+
 @pytest.mark.parametrize("part", ["actor", "critic", "reference", "reward"])
 def test_rows_with_nan_are_those_of_the_model_that_has_it(part: str) -> None:
     arrays = {"actor": LOGITS, "critic": VALUES, "reference": REF_LOGITS, "reward": SCORES}

@@ -41,17 +41,19 @@ def _mesh() -> Iterator[None]:
 
 @dataclasses.dataclass
 class Run:
-    """PPO whose models are one weight each; gradients are -1, so a weight's change is its learning rate.
+    """PPO whose models are one weight each; gradients of -1 make a weight's change its learning rate.
 
     Attributes:
         far_after: iteration -> updates after which the policy has gone far.
         bad: updates whose gradient is not finite.
-        rates: learning rates of all others.
+        slopes: gradients other than -1, in the order of the actor's updates.
+        rates: learning rates of all updates that are made.
     """
 
     config: PPOConfig
     far_after: Mapping[int, int] = dataclasses.field(default_factory=dict)
     bad: set[Where] = dataclasses.field(default_factory=set)
+    slopes: list[float] = dataclasses.field(default_factory=list)
     rates: dict[Where, float] = dataclasses.field(default_factory=dict)
     iteration: int = 0
     update: int = 0  # that is made next
@@ -76,7 +78,8 @@ class Run:
         def update(state: TrainState, _: Any) -> tuple[TrainState, dict[str, Any]]:
             where = (self.iteration, self.update, role)
             before = float(state.model.w_only)
-            state, metrics = program(state, jnp.float32(math.nan if where in self.bad else -1.0))
+            slope = self.slopes.pop(0) if role == "actor" and self.slopes else -1.0
+            state, metrics = program(state, jnp.float32(math.nan if where in self.bad else slope))
             if where not in self.bad:
                 self.rates[where] = float(state.model.w_only) - before
             far = self.update >= self.far_after.get(self.iteration, math.inf)
@@ -304,14 +307,16 @@ def test_moments_last_from_one_iteration_to_the_next() -> None:
     """The weight after three iterations is that of one run of Adam on all of their gradients."""
     config = _config(3, 0, 1, 2)
     optim = dataclasses.replace(config.actor, beta1=0.9, beta2=0.5, eps=1.0)
-    run = Run(dataclasses.replace(config, actor=optim))
+    slopes = [-1.0, -0.2, 0.7, -0.5, 0.9, -0.1]  # none is clipped
+    run = Run(dataclasses.replace(config, actor=optim), slopes=list(slopes))
     first = second = expected = 0.0
     for number in (1, 2, 3):
         run.iteration, run.update = number, 1
         run.finish(Midway(_rolled_out(), []), Leaving(run), 0.0)
         for update in (1, 2):
             count = 2 * (number - 1) + update
-            first, second = 0.9 * first - 0.1, 0.5 * second + 0.5
+            slope = slopes[count - 1]
+            first, second = 0.9 * first + 0.1 * slope, 0.5 * second + 0.5 * slope**2
             root = math.sqrt(second / (1 - 0.5**count))
             rate = _expected(config, (number, update, "actor"))
             expected -= rate * first / (1 - 0.9**count) / (root + 1.0)

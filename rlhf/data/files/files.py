@@ -130,8 +130,8 @@ class FilesData:
 
     def _records(self, paths: Paths, kind: type[Kind], tell: Tell) -> Iterator[tuple[str, Kind]]:
         """The records of a table's files, all of one kind."""
-        first: list[str] = []
-        tally = Tally(self.mistakes, lambda skipped: first.append(skipped["where"]))
+        first: dict[str, str] = {}  # kind of mistake -> where
+        tally = Tally(self.mistakes, lambda x: first.setdefault(x["kind"], x["where"]))
         for where, record in read_records(_listed(paths), tally, self.form):
             if isinstance(record, kind):
                 yield where, record
@@ -139,7 +139,8 @@ class FilesData:
                 message = f"{_NAMES[type(record)]} where {_NAMES[kind]} is expected"
                 tally.take_back(Mistake("malformed", message), where)
         for line in tally.lines():
-            tell(f"{line}{f', the first at {first[0]}' if first else ''}")
+            place = first.get(line.rpartition(": ")[2])
+            tell(f"{line}, the first at {place}" if place else line)
 
     def _preferences(self, accounts: Accounts, tell: Tell) -> tuple[Split, list[Preference]]:
         """Pairs of either side, filtered; and those that all filters but length balancing leave."""

@@ -243,7 +243,7 @@ def test_an_experience_and_its_metrics_are_those_written_out(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gae", "rloo", "gae whitened"])
 def test_contents_have_the_structure_of_an_experience(name: str) -> None:
-    found = jax.tree.structure(contents(SETTINGS[name]))
+    found: Any = jax.tree.structure(contents(SETTINGS[name]))
     assert found == jax.tree.structure(_experience(SETTINGS[name])[0])
 
 

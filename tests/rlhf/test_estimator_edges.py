@@ -11,21 +11,21 @@ from rlhf.advantages import on_tokens, shaped_rewards, whitened
 from rlhf.kl import KLConfig, adapted
 from sharding.errors import UserError
 
-MASK = jnp.array([[False, True, True, False], [False, True, False, False]])
+MASK = np.array([[False, True, True, False], [False, True, False, False]])
 
 
 def test_off_the_response_rewards_and_advantages_are_0() -> None:
-    logp = jnp.where(MASK, -1.0, -5.0)
+    logp, mask = jnp.where(MASK, -1.0, -5.0), jnp.asarray(MASK)
     scores = jnp.array([2.0, 3.0])
-    shaped = shaped_rewards(scores, logp, jnp.zeros((2, 4)), MASK, 0.1)
+    shaped = shaped_rewards(scores, logp, jnp.zeros((2, 4)), mask, 0.1)
     np.testing.assert_allclose(shaped, [[0, 0.1, 2.1, 0], [0, 3.1, 0, 0]], rtol=1e-6)
-    assert on_tokens(scores, MASK).tolist() == [[0, 2, 2, 0], [0, 3, 0, 0]]
+    assert on_tokens(scores, mask).tolist() == [[0, 2, 2, 0], [0, 3, 0, 0]]
 
 
 def test_whitening_adds_1e_8_to_the_variance() -> None:
     """Gaps of 1e-4 have variance 1e-8."""
     advantages = jnp.array([[9.0, 1e-4, -1e-4, 9.0]])
-    found = whitened(advantages, MASK[:1])
+    found = whitened(advantages, jnp.asarray(MASK[:1]))
     expected = 1e-4 / math.sqrt(1e-8 + 1e-8)
     np.testing.assert_allclose(found, [[0, expected, -expected, 0]], rtol=1e-5)
 

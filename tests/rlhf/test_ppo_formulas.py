@@ -63,10 +63,17 @@ def _tables(monkeypatch: pytest.MonkeyPatch) -> None:
         return model.w_scalar
 
     def language_loss(actor: CausalLM, batch: Sequences, count: Any, layout: Layout) -> Any:
+        assert isinstance(actor, CausalLM) and layout is ONE
         return jnp.float32(SFT_LOSS) * jnp.sum(batch.target) / count, {}
 
-    monkeypatch.setattr(rlhf.ppo, "apply_model", lambda model, ids, valid, layout: model.w_head)
-    monkeypatch.setattr(rlhf.ppo, "apply_scalar", lambda model, ids, valid, layout: model.w_scalar)
+    def table(model: Any, ids: jax.Array, valid: jax.Array, layout: Layout) -> Any:
+        np.testing.assert_array_equal(ids, IDS)
+        np.testing.assert_array_equal(valid, VALID)
+        assert layout is ONE
+        return model.w_head if isinstance(model, CausalLM) else model.w_scalar
+
+    monkeypatch.setattr(rlhf.ppo, "apply_model", table)
+    monkeypatch.setattr(rlhf.ppo, "apply_scalar", table)
     monkeypatch.setattr(rlhf.ppo, "sequence_scores", scores)
     monkeypatch.setattr(rlhf.ppo, "language_loss", language_loss)
 

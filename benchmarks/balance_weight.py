@@ -1,4 +1,4 @@
-"""How often the longer answer wins in the buckets of length balancing: of the pairs, and of what the loss weighs.
+"""Measure how often the longer answer wins in the buckets of length balancing, by pairs and by their weight.
 
     python benchmarks/balance_weight.py [FILE [LENGTH [TOKENIZER]]]
 

@@ -131,7 +131,7 @@ def whitened(
 
 
 def _tied(highest: jax.Array, lowest: jax.Array) -> jax.Array:
-    """Whether all numbers between these two are equal up to rounding."""
+    """Tell whether all numbers between these two are equal up to rounding."""
     size = jnp.maximum(jnp.abs(highest), jnp.abs(lowest))
     return highest - lowest <= TIE * jnp.maximum(size, 1.0)
 

@@ -154,7 +154,7 @@ def _deviation(errors: list[float]) -> float:
 
 
 def bfloat16_limits(one_device: Trained, reference: Trained) -> Limits:
-    """What a layout may differ from float32 by in bfloat16: four times what one device does."""
+    """Limits of a layout's distance from float32 in bfloat16: four times that of one device."""
     errors = list(errors_of(one_device.seen, reference.seen, one_device.roles, typical))
     limits: dict[tuple[Part, str], float] = {}
     for found in errors:
@@ -271,7 +271,7 @@ def certify(config: Config, cases: Mapping[str, Case], jobs: Iterable[str]) -> I
 def iterations(
     config: Config, reference: Trained | None = None, generation: Layout | None = None
 ) -> Iterations:
-    """How iterations run that are compared with `reference`: they learn from its answers."""
+    """Settings of iterations that are compared with `reference`: they learn from its answers."""
     replay = () if reference is None else reference.answers
     return Iterations(generation, replay, clip=config.compute_dtype == "float32")
 

@@ -80,7 +80,7 @@ def run_directory(
 
 
 def _restarts(path: Path, how: Resume, note: Callable[[str], None]) -> bool:
-    """Whether a run in `path` is to begin anew: --restart says so, and it is not this submission that has begun it."""
+    """Tell whether to restart the run in `path`: --restart is given, and another submission began the run."""
     if not how.restart:
         return False
     require_submission()
@@ -111,7 +111,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _is_barely_begun(path: Path) -> bool:
-    """Whether a run has ended before its first step, and left no more than files of a beginning."""
+    """Tell whether a run ended before its first step, so that its files may be replaced."""
     names = {x.name.removeprefix(".").removesuffix(".tmp") for x in path.iterdir()}
     names = {name for name in names if not name.startswith("shared-")}  # of `check_shared`
     metrics = path / METRICS_FILE
@@ -126,7 +126,7 @@ def _is_barely_begun(path: Path) -> bool:
 
 
 def _holds_tables(data: Path) -> bool:
-    """Whether a folder holds nothing but data sets that were built under their fingerprints."""
+    """Tell whether a folder holds nothing but data sets named by their fingerprints."""
     return data.is_dir() and all(re.fullmatch("[0-9a-f]{12}", x.name) for x in data.iterdir())
 
 
@@ -186,7 +186,7 @@ def changes(path: Path, recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _alike(stored: Any, now: Any) -> bool:
-    """Whether a field of recipe.json has the value `now`; paths are alike where they lead to one place."""
+    """Tell whether a field of recipe.json has the value `now`; paths are equal if they resolve to one place."""
     if isinstance(now, Path):
         return isinstance(stored, str) and same(Path(stored), now)
     if isinstance(now, tuple | list):

@@ -48,17 +48,14 @@ class PPOConfig:
     samples: Positive = 1  # answers a prompt; not in the paper
     minibatches: Positive = 2  # updates an epoch
     epochs: Positive = 1  # passes over an iteration's answers
-    stop_kl: float | None = (
-        None  # k3 of the old policy (nats/token) that ends an iteration's updates; not in the paper
-    )
-    critic_warmup: NonNegative = (
-        0  # first iterations, in which only the critic learns; not in the paper
-    )
+    # k3 of the old policy (nats/token) that ends an iteration's updates; None: disabled. Not in the paper
+    stop_kl: float | None = None
+    # first iterations, in which only the critic learns; not in the paper
+    critic_warmup: NonNegative = 0
     # gae: with a critic, as in the paper; rloo, grpo: against the other answers to the prompt, without one
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    whiten: bool = (
-        False  # advantages, over the whole batch; the paper has the reference baseline instead
-    )
+    # whiten advantages over the whole batch; the paper has the reference baseline instead
+    whiten: bool = False
     kl: KLConfig = KLConfig()
     clip_range: float = 0.2  # of the ratio; not in the paper
     value_clip: float = 0.2  # of the value's change; not in the paper

@@ -251,7 +251,7 @@ class Iteration:
     def concluded(
         self, learners: Learners, rolled_out: RolledOut, updates: Updates, actor_learns: bool
     ) -> tuple[Learners, dict[str, float], int]:
-        """What the iteration returns: figures are means over its updates, the KL coefficient is adapted.
+        """Return the result of the iteration: figures are means over its updates, the KL coefficient is adapted.
 
         The coefficient stays where the actor does not learn: it could not answer to it.
         """

@@ -86,7 +86,7 @@ class Watch(Protocol):
     """Runs iterations under observation."""
 
     def due(self, number: int) -> bool:
-        """Whether iteration `number` is to be observed."""
+        """Tell whether to observe iteration `number`."""
 
     def __call__(
         self,

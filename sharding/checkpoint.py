@@ -96,7 +96,7 @@ def restore(path: Path, like: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What Orbax or Tensorstore says, in one line without the places in its own source."""
+    """Message of Orbax or Tensorstore in one line, without the places in its own source."""
     told = re.sub(r" \[source locations=.*", "", " ".join(str(error).split()))
     return told[:300]
 

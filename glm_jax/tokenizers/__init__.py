@@ -37,7 +37,7 @@ __all__ = [
 
 
 def holds_tokenizer(directory: Path) -> bool:
-    """Whether a directory holds a tokenizer's files."""
+    """Tell whether a directory holds a tokenizer's files."""
     return any((directory / name).is_file() for name in (v1.MODEL, v3.MODEL, glm4.FAST))
 
 

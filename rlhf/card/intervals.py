@@ -38,7 +38,7 @@ class Estimate:
 
 
 class Sample(NamedTuple):
-    """What a figure is taken over: a weight and a dialogue for each of P rows."""
+    """The rows that a figure is a mean over: a weight and a dialogue for each of P rows."""
 
     weight: Float[np.ndarray, " P"]
     dialogue: Int[np.ndarray, " P"]

@@ -69,7 +69,7 @@ class Accounts:
         return self._accounts.setdefault((table, side), Account(table, side, total))
 
     def lines(self) -> list[str]:
-        """What there is to say, a line a side."""
+        """Lines that describe the accounts, one for each side of a table."""
         return [line for account in self if (line := account.line())]
 
     def write(self, path: Path) -> None:

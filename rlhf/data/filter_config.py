@@ -67,7 +67,7 @@ class FilterConfig:
 
 
 class Debiasing(NamedTuple):
-    """How the pairs that a reward model trains on are balanced and weighed."""
+    """Settings that balance and weigh the pairs that a reward model trains on."""
 
     filters: FilterConfig
     tokenizer: (

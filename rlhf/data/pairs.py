@@ -183,7 +183,7 @@ def preference_of(
 
 
 def as_comparison(pair: Preference) -> Comparison:
-    """The comparison of two that a pair is: `preference_of` the other way round."""
+    """Return a pair as a comparison of two responses: the inverse of `preference_of`."""
     sides, ranks, labels = (pair.chosen, pair.rejected), (1, 2), pair.labels
     if pair.chosen_first is False:
         sides, ranks = sides[::-1], (2, 1)

@@ -63,13 +63,13 @@ def learning_rate(config: OptimConfig, update: int, total: int) -> float:
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay applies: to all but the scales of norms and the biases."""
+    """Tell whether weight decay applies: to all weights but norm scales and biases."""
     last = name.rsplit(".", 1)[-1]
     return "norm" not in last and not last.startswith("b_")
 
 
 class Followed(NamedTuple):
-    """How far an update is from AdamW, by weight; 1 is the limit of each."""
+    """Distances of an update from AdamW, by weight; 1 is the limit of each."""
 
     moments: dict[str, float]  # distance of the moments from those of the gradient
     step: dict[str, float]  # of single entries of the weights from AdamW's step
@@ -112,7 +112,7 @@ def follow(
         w, moved, expected, rest, unit = (x[clear] for x in (w, moved, expected, rest, unit))
         ratio += float((moved * expected / unit**2).sum())
         weight += float((expected**2 / unit**2).sum())
-        # what is left along the weights themselves is decay
+        # the rest that is parallel to the weights is decay
         along = float((w**2 / unit**2).sum()) ** 0.5
         if along:
             off = float((rest * w / unit**2).sum())

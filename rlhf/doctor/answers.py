@@ -165,7 +165,7 @@ def stop_token(e: Evidence) -> Finding:
 
 
 def _outside(logp: np.ndarray, full: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """How far log-probabilities are from those that supports within rounding allow."""
+    """Distances of log-probabilities from those that supports within rounding allow."""
     logp = np.asarray(logp, np.float64)
     return np.maximum(np.maximum((full - high) - logp, logp - (full - low)), 0.0)
 

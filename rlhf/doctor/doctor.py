@@ -59,7 +59,7 @@ class Doctor:
         self._left: tuple[int, dict[str, Print], float] | None = None  # learners after an iteration
 
     def due(self, number: int) -> bool:
-        """Whether to look at iteration `number`: the first two in which each role learns, and every n-th on demand."""
+        """Tell whether to check iteration `number`: the first two in which each role learns, and every n-th."""
         config = self.setting.config
         first = number <= LOOKS or 0 < number - config.critic_warmup <= LOOKS
         return first or bool(config.doctor_every and number % config.doctor_every == 0)
@@ -227,7 +227,7 @@ def print_of(tree: Any) -> Print:
 
 
 def _prints(models: Models, learners: Learners) -> dict[str, Print]:
-    """Of every model by role, and of the whole state of those that learn."""
+    """Fingerprint every model by role, and the weights and optimizer of those that learn."""
     found = {
         name: print_of(model)
         for name, model in current_models(models, learners)._asdict().items()

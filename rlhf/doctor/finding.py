@@ -1,4 +1,4 @@
-"""What a check says, and the comparisons that most of them make: on the host, in float64."""
+"""The result of a check, and the comparisons that most checks make: on the host, in float64."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ class Finding(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """How far rounding alone moves a quantity, measured: |compute dtype - float32| at every place.
+    """Measured rounding of a quantity: |compute dtype - float32| at every place.
 
     So the limits know the dtype, the depth, the temperature and how many places there are. They hold quantile by
     quantile: a maximum over many tokens is larger than one over few.

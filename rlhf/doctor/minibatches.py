@@ -76,7 +76,7 @@ def minibatches(e: Evidence, learnt: Learnt) -> Finding:
 
 
 def _stopped_wrongly(e: Evidence) -> str:
-    """How updates go on or end against `ppo.stop_kl`; empty where they do not."""
+    """Describe updates that continue or end against `ppo.stop_kl`; empty where none does."""
     config, updates = e.setting.config, updates_of(e, "actor")
     if config.stop_kl is None or not updates:
         return ""

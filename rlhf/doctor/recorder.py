@@ -166,7 +166,7 @@ def _metrics_of(update: Any) -> Callable[[TrainState, Any], Metrics]:
 
 
 def rounding_matters(model: Any) -> bool:
-    """Whether the run's products round more than float32 on the host would."""
+    """Tell whether the run's products round more than float32 on the host would."""
     return model.trunk.config.compute_dtype != "float32" or jax.default_backend() != "cpu"
 
 

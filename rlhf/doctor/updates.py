@@ -18,7 +18,7 @@ GRADIENT = 2e-3  # relative distance of two gradients in float32, sums of many t
 
 
 class Learnt(NamedTuple):
-    """How an iteration left the models."""
+    """State of the models after an iteration."""
 
     actor_learns: bool
     frozen: Mapping[str, bool | None]  # a frozen model is as at the start; None: its memory is gone
@@ -38,12 +38,12 @@ def updates_of(e: Evidence, role: str) -> list[Updated]:
 
 
 def is_sound(x: Updated) -> bool:
-    """Whether an update's gradient is finite; else nothing was learnt from it."""
+    """Tell whether an update's gradient is finite; otherwise the update changed nothing."""
     return math.isfinite(x.metrics["grad_norm"])
 
 
 def _probes(e: Evidence) -> list[Probed]:
-    """Those of roles that have a finite gradient at all."""
+    """Probes of the roles that have a finite gradient in any update."""
     return [x for x in e.probes if any(map(is_sound, updates_of(e, x.role)))]
 
 
@@ -176,7 +176,7 @@ def _distance(a: Arrays, b: Arrays, scale: float = 1.0) -> tuple[float, float]:
 
 
 def _doubt(own: Loss, precise: Loss | None) -> float:
-    """How far rounding in the compute dtype turns a gradient, relative to its norm."""
+    """Relative error of a gradient that rounding in the compute dtype explains."""
     if precise is None:
         return GRADIENT
     gap, norm = _distance(own.gradient, precise.gradient)
@@ -184,7 +184,7 @@ def _doubt(own: Loss, precise: Loss | None) -> float:
 
 
 def gradient(e: Evidence, learnt: Learnt) -> Finding:
-    """What goes into the moments is the gradient of the doctor's own loss, clipped by its norm."""
+    """The moments receive the gradient of the doctor's own loss, clipped by its norm."""
     found: list[Finding] = []
     doubts: dict[str, float] = {}
     advice = (
@@ -271,7 +271,7 @@ def frozen(e: Evidence, learnt: Learnt) -> Finding:
 
 
 def learning(e: Evidence, learnt: Learnt) -> Finding:
-    """What is to learn has changed, and what is not has not."""
+    """Models that learn have changed, and no others have."""
     ready = [role for role in learnt.changed if updates_of(e, role)]
     still = [role for role in ready if not learnt.changed[role]]
     if still and all(x.own.norm == 0.0 for role in still for x in updates_of(e, role)):

@@ -26,7 +26,7 @@ def absolute(path: Path) -> Path:
 
 
 def same(path: Path, other: Path) -> bool:
-    """Whether two spellings, of files that need not exist, lead to one place."""
+    """Tell whether two spellings of a path, which need not exist, resolve to one place."""
     return os.path.realpath(absolute(path)) == os.path.realpath(absolute(other))
 
 

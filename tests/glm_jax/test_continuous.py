@@ -116,7 +116,7 @@ SCORES = {GLMConfig: 29.0, GLMV1Config: 73.0}
 
 
 def _rounding(config: Config) -> float:
-    """What log-probabilities of two programs may differ by, in nats.
+    """Bound of the difference between log-probabilities of two programs, in nats.
 
     Scores are sums of H terms, and their rounding error is a relative one of what attention adds to the residual, in
     every layer; everything else that is summed adds its own. Blocking and instructions change both.

@@ -39,7 +39,7 @@ def _draw(config: Config) -> CausalLM:
 
 
 def _rounding(model: CausalLM, temperature: float = 1.0) -> float:
-    """What log-probabilities of two programs may differ by, in nats: logits are about 0.02 * 50 * sqrt(D)."""
+    """Bound of the difference between log-probabilities of two programs, in nats; logits are about sqrt(D)."""
     config = model.trunk.config
     return rounding(2 * terms_of(config, 19), config.hidden_size**0.5 / temperature)
 

@@ -1,4 +1,4 @@
-"""What the fused kernels are given: cuDNN's, computed by plain operations, and masks of the splash kernel."""
+"""Arguments of the fused kernels: cuDNN's, computed by plain operations, and masks of the splash kernel."""
 
 from typing import Any
 

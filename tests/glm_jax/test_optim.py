@@ -153,7 +153,7 @@ class AdamW:
     ids=["decay", "eps", "clip"],
 )
 def test_updates_are_adamws(config: OptimConfig) -> None:
-    """Of gradients above and below the clip, one of which is left out because it is not finite."""
+    """Gradients above and below the clip; one is left out because it is not finite."""
     rng = np.random.default_rng(0)
     weights, n, ill = Weights(rng), 8, 4
     optimizer = make_optimizer(config, n)

@@ -47,7 +47,7 @@ FIXED = define_prng_impl(
 
 
 def test_a_token_of_any_probability_is_drawn_where_its_random_number_says_so() -> None:
-    """Of exponential numbers E_i the smallest E_i / p_i wins: token 1 at E_1 < p_1 / p_0 log 2, to float32's rounding.
+    """The smallest E_i / p_i of exponential numbers E_i wins: token 1 at E_1 < p_1 / p_0 log 2, up to rounding.
 
     It fails never.
     """

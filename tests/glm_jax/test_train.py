@@ -261,7 +261,7 @@ def test_metrics_come_to_the_host_as_floats() -> None:
 
 def test_the_language_loss_is_a_mean_over_target_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     def logprobs(model: Any, ids: Any, valid: Any, layout: Layout) -> jax.Array:
-        """What no sequence has where it is not valid."""
+        """A value that no sequence has where it is not valid."""
         return jnp.where(valid, -model.w_head * ids, jnp.nan)
 
     monkeypatch.setattr(glm_jax.train, "sequence_logprobs", logprobs)

@@ -115,7 +115,7 @@ def _row(name: str, figures: Sequence[int]) -> str:
 
 
 def _survivor(file: str, mutant: Mutant) -> str:
-    """As it would stand in survivors.toml, whose reason a person writes."""
+    """Entry of survivors.toml for this mutant, with an empty reason."""
     texts = {"function": mutant.function, "before": mutant.before, "after": mutant.after}
     rows = [f"{name} = {json.dumps(text, ensure_ascii=False)}" for name, text in texts.items()]
     return "\n".join([f"# line {mutant.line}", f'[["{file}"]]', *rows, 'reason = ""', ""])

@@ -36,7 +36,7 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """What identifies it as long as its line stays."""
+        """Identifier that holds as long as the mutated line stays."""
         return f"{self.function} | {self.before} | {self.after}"
 
 

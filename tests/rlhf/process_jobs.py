@@ -5,7 +5,7 @@
 OUT gets `JOB:LAYOUT.npz` with every step's losses and every trained weight, by the first process. The job
 `rows` writes `rows:LAYOUT.P.json`: the rows that process P looked up of the batch 0, 1, ... 15. `order` writes the same
 of six shuffled batches, the last three after a restart. `rollout` writes what slots answer to prompts of many lengths.
-In `fail` process 1 cannot go on.
+In `fail` process 1 cannot go on; in `folder` all must see one working directory.
 """
 
 import json
@@ -29,7 +29,15 @@ from rlhf.recipe_file import override
 from rlhf.trials.models import tiny
 from sharding.errors import UserError
 from sharding.layout import Layout, get_layout, use_devices
-from sharding.processes import Processes, fetch, is_first, peers_explained, start, together
+from sharding.processes import (
+    Processes,
+    check_shared,
+    fetch,
+    is_first,
+    peers_explained,
+    start,
+    together,
+)
 
 CONFIG = tiny(PRESETS["chatglm3-6b"])
 
@@ -116,6 +124,8 @@ def main(out: Path, jobs: str, devices: int, options: list[str]) -> None:
             continue
         if job == "fail":
             together(fail)
+        if job == "folder":
+            check_shared(Path.cwd(), "output_dir")
         with peers_explained():
             work = answers if job == "rollout" else partial(train, job)
             result = work(get_layout(layout, devices))

@@ -101,7 +101,7 @@ def without(fields: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """What a snapshot says beside its arrays, without the times of the log."""
+    """Facts of a snapshot beside its arrays, without the times of the log."""
     noted: dict[str, Any] = json.loads(path.read_text())
     return {**noted, "facts": without(noted["facts"], ("log",))}
 

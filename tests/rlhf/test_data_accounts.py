@@ -242,7 +242,7 @@ def test_reasons_name_the_first_records_alone() -> None:
 
 
 def test_every_review_is_used_or_left_out(tmp_path: Path) -> None:
-    """By the lines of both files, counted by hand."""
+    """Counts are those of the lines of both files, by hand."""
     fine = ["灯光都很亮，看着真舒服", "毛巾都很新，摸着真舒服"]
     pos = [*fine, fine[0], "灯泡两面都说，算不得评价", "", "太短", "灯" * 90]
     neg = ["灯泡两面都说，算不得评价", "宾馆反馈 谢谢您的光临惠顾", "燈號這個東西實在是壞透頂了"]

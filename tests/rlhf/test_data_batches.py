@@ -115,7 +115,7 @@ def test_every_row_comes_once_an_epoch_in_a_new_order(prompts: Prompts) -> None:
 
 
 def test_no_pair_of_many_is_swapped_on_its_way_into_rows(tokenizer: ChatGLM3Tokenizer) -> None:
-    """Of 500 pairs; were one in twenty swapped, all would stand right in 1 of 10^11 cases."""
+    """500 pairs: if one in twenty were swapped, all would stand right in 1 of 10^11 cases."""
     records = []
     for number in range(500):
         answers = ["很亮" + "，" * (number % 7), "太旧" + "。" * (number % 5)]

@@ -356,7 +356,7 @@ def test_prompts_that_differ_in_tools_only_are_not_the_same(tmp_path: Path) -> N
 
 
 def test_an_order_made_by_preference_is_no_order_of_the_data(tmp_path: Path) -> None:
-    """What lists the better answer first by definition says nothing of positions."""
+    """A format that lists the better answer first by definition says nothing of positions."""
     listed = {}
     for name, (entry, _) in ENTRIES.items():
         entry = {k: v for k, v in entry.items() if k not in ("chosen_first", "ranks")}

@@ -1,4 +1,4 @@
-"""What our commands write is read back field by field, through files, records, storage and the report card."""
+"""Files that our commands write are read back field by field: files, records, storage, report card."""
 
 import json
 from dataclasses import replace
@@ -94,7 +94,7 @@ def test_records_survive_their_lines(tmp_path: Path, lines: list[dict[str, Any]]
 @quick
 @given(PAIRS)
 def test_every_field_of_a_pair_is_in_its_record(tmp_path: Path, line: dict[str, Any]) -> None:
-    """By hand, so that a field which writer and reader both forget is missed."""
+    """Fields are listed by hand, so that one which writer and reader both forget is missed."""
     (record,) = read(write(tmp_path / "given.jsonl", [line]))
     assert isinstance(record, Comparison)
     best, worst = (record.ranks.index(rank) for rank in (1, 2))

@@ -164,7 +164,7 @@ def test_one_dialogue_leaves_a_side_empty_which_is_named(tmp_path: Path) -> None
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 @pytest.mark.parametrize("fraction", [0.1, 0.2])
 def test_openassistants_dialogues_are_on_one_side(fraction: float) -> None:
-    """Of 63 held-out prompts 49 shared their first turn with training when whole histories were hashed."""
+    """49 of 63 held-out prompts shared their first turn with training when whole histories were hashed."""
     folder = SHARED / "oasst1-zh"
     files = folder / "oaast_sft_zh.json", folder / "oaast_rm_zh.json"
     data = FilesData(*files, heldout_fraction=fraction, mistakes=OnMistake.skip_all())

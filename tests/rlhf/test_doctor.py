@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +31,7 @@ from glm_jax.continuous import RolloutConfig
 from glm_jax.generate import SamplingConfig
 from glm_jax.metrics import Metrics
 from glm_jax.optim import OptimConfig, make_optimizer
-from glm_jax.sampler import Loan, Sampler
+from glm_jax.sampler import Sampler
 from glm_jax.train import TrainState
 from glm_jax.trunk import Cache, Trunk
 from rlhf.cli import main
@@ -47,6 +46,7 @@ from rlhf.trials.models import ANSWER, STOP_IDS, tiny
 from rlhf.trials.ppo import PLAIN, small_ppo
 from sharding.errors import UserError
 from sharding.layout import Layout
+from tests.rlhf.planted import stale_weights
 
 CONFIG = dataclasses.replace(tiny(PRESETS["chatglm3-6b"]), num_layers=2)
 Patch = pytest.MonkeyPatch
@@ -200,7 +200,7 @@ def _rewards_in_integers(patch: Patch) -> None:
 
 
 def _nth_temperature(patch: Patch, first: int, end: int) -> None:
-    """Of all log-probabilities that are traced some are at temperature 1: policy, reference, updates."""
+    """Trace some of the log-probabilities (policy, reference, updates) at temperature 1."""
     right, calls = rlhf.ppo.token_logprobs, itertools.count()
 
     def token_logprobs(logits: Any, ids: Any, temperature: float, support: Any) -> Any:
@@ -324,21 +324,6 @@ def _gae_beyond_the_end(patch: Patch) -> None:
         return jnp.where(mask, advantages, 0.0), jnp.where(mask, returns, 0.0)
 
     patch.setattr(rlhf.ppo, "gae", gae)
-
-
-def _stale_weights(patch: Patch) -> None:
-    """Rollouts are those of the first policy."""
-    first: list[Any] = []
-
-    @contextmanager
-    def lend(self: Sampler, policy: Any) -> Iterator[Loan]:
-        if not first:
-            first.append(jax.tree.map(jnp.copy, self.enter(policy)))
-        loan = Loan(first[0])
-        yield loan
-        loan.policy = policy
-
-    patch.setattr(Sampler, "lend", lend)
 
 
 def _rows_mixed_up(patch: Patch) -> None:
@@ -701,7 +686,7 @@ BUGS: dict[str, tuple[Callable[[Patch], None], dict[str, Any], set[str]]] = {
     ),
     "a KL that is paid for": (_kl_as_reward, {}, {"shaped rewards"}),
     "GAE beyond the end": (_gae_beyond_the_end, {}, {"advantages"}),
-    "stale weights in the rollout": (_stale_weights, {}, {"rollout log-probabilities"}),
+    "stale weights in the rollout": (stale_weights, {}, {"rollout log-probabilities"}),
     "minibatch rows mixed up": (_rows_mixed_up, {}, {"ratio"}),
     "a negative KL": (_negative_kl, {}, {"KL estimators"}),
     "a score read beside the answer": (_score_beside_the_answer, {}, {"scores"}),

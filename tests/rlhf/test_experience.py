@@ -1,4 +1,4 @@
-"""What PPO and DPO learn from and what is differentiated, against float64 by hand; models are tables of numbers.
+"""Experience and losses of PPO and DPO against float64 by hand; models are tables of numbers.
 
 Actor, old actor and reference differ, values have moved and ratios lie on both sides of the clip: at the first update,
 where all of them agree, half of the mistakes one can make would not show.

@@ -165,7 +165,7 @@ def test_the_command_that_resumes_begins_nothing_anew() -> None:
 
 
 def make_start(path: Path) -> None:
-    """What a run leaves that has failed before its first step."""
+    """Files of a run that failed before its first step."""
     make_run(path)
     (path / METRICS_FILE).write_text("")
     (path / "state" / "journal.json").write_text('{"digests": {"data": "other"}}')

@@ -73,7 +73,7 @@ def models(small: GLMConfig) -> Iterator[Models]:
 
 
 def _rounding(models: Models, temperature: float) -> float:
-    """What log-probabilities of two programs may differ by, in nats: logits are about 0.02 * 30 * sqrt(D)."""
+    """Bound of the difference between log-probabilities of two programs, in nats; logits are about 0.6 sqrt(D)."""
     config = models.actor.trunk.config
     logits = 0.6 * config.hidden_size**0.5 / temperature
     return rounding(2 * terms_of(config, 17), logits)
@@ -110,7 +110,7 @@ def test_step_zero_ratio_is_one_and_kl_zero_however_answers_are_drawn(
 
     assert float(metrics["kl"]) == pytest.approx(0.0, abs=1e-6)
     assert float(metrics["kl_exact"]) == pytest.approx(0.0, abs=1e-6)
-    # what was sampled and what the trainer computes
+    # sampled log-probabilities against the trainer's
     atol = _rounding(models, sampling.temperature)
     assert float(metrics["drift"]) == pytest.approx(0.0, abs=atol)
     mask = answers.sequences.target

@@ -290,6 +290,16 @@ def test_processes_that_were_started_unlike_each_other(recipe: Path) -> None:
     assert not (recipe.parent / "run").exists()
 
 
+def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
+    command, processes = [str(JOBS), str(tmp_path), "folder", "8"], []
+    for number, options in enumerate(flags(2)):
+        (tmp_path / f"of {number}").mkdir()
+        processes.append(launch(*command, *options, cwd=tmp_path / f"of {number}"))
+    for status, text in ended(processes):
+        assert status == 1
+        assert "is not the folder of that name that process 0 sees" in text
+
+
 def test_a_folder_that_is_another_one_in_each_process(recipe: Path) -> None:
     first, second = flags(2)
     (recipe.parent / "elsewhere").mkdir()

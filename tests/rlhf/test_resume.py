@@ -163,7 +163,7 @@ RUNS, KILLS = 5, 60
 def test_a_run_killed_in_a_save_and_then_told_to_end_ends_in_the_same_bits(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the command of a requeued job, which has --restart, in a folder spelt with dots."""
+    """Run the command of a requeued job, which has --restart, in a folder spelt with dots."""
     monkeypatch.setenv("GLM_JAX_SUBMISSION", "monday")
     recipe = recipe_in(tmp_path / "run")
     cache = tmp_path / "programs"

@@ -34,7 +34,7 @@ SPELLINGS: dict[str, Callable[[Path, str], str]] = {
     "slashes": lambda home, name: f".//{name}//",
     "home": lambda home, name: f"~/{name}",
 }
-# what takes long is tried by default in the two spellings that no library opens by itself
+# slow commands are tried by default in the two spellings that no library opens by itself
 RARE = ["dots behind a link", "home"]
 EASY = [pytest.param(name, marks=pytest.mark.slow) for name in SPELLINGS if name not in RARE]
 

@@ -1,4 +1,4 @@
-"""What can be known before the first step is told before it, and leaves no folder that refuses a corrected command."""
+"""Errors that can be known before the first step end the run there, and a corrected command starts."""
 
 import importlib.util
 import inspect
@@ -70,7 +70,7 @@ def saved(directory: Path, head: Head, texts: list[str] = TEXTS, max_length: int
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a recipe, its data and models lie; nothing is trained."""
+    """Folder of a recipe, its data and models; nothing is trained."""
     asked = [{"prompt": f"say {n}", "response": f"{n} good things"} for n in range(60)]
     sides = [("good", "bad and poor"), ("bad and poor", "good")]  # lengths balance in any unit
     pairs = [
@@ -126,7 +126,7 @@ OPTIONS = {
     "no pretrained": (["--pretrained", "nowhere"], "cannot read "),
     "no reward model": (["--reward-model", "nowhere"], "cannot read "),
 }
-# what only the data can tell, which lies in the folder
+# errors that only the data in the folder can show
 OF_DATA = ("pairs too long", "prompts too long", "vocabulary", "no data")
 
 

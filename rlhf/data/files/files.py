@@ -105,7 +105,7 @@ class FilesData:
         return replace(self, filters=replace(self.filters, balance=False, weigh="pair"))
 
     def debiasing(self) -> Debiasing | None:
-        """How a run balances and weighs the pairs that fit."""
+        """Settings by which a run balances and weighs the pairs that fit."""
         return Debiasing(self.filters, self.tokenizer)
 
     def heldout(self, prompt: Messages) -> bool:

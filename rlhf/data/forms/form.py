@@ -120,7 +120,7 @@ def conversation(messages: Any, name: str = "prompt") -> Messages:
 
 
 def _offers_tools(message: Mapping[str, Any]) -> bool:
-    """Whether a message offers tools, which only the system's can. Raises Mistake."""
+    """Tell whether a message offers tools, which only a system message can. Raises Mistake."""
     if "tools" not in message:
         return False
     tools = message["tools"]
